@@ -1,8 +1,8 @@
 """Which example comes when: pure functions of (seed, counter).
 
-The counter numbers every example a run ever reads: counter = batch * batch_size + row. Nothing here
-keeps state, so starting at example 10^9 costs what starting at 0 costs, a resumed run reads what the
-killed one would have read, and H hosts that each evaluate their own rows read what one host reads.
+The counter numbers every example a run ever reads: counter = batch * batch_size + row. Nothing
+here keeps state, so starting at example 10^9 costs what starting at 0 costs, a resumed run reads
+what the killed one would have read, and H hosts that each take their rows read what one host reads.
 """
 
 import functools
@@ -90,7 +90,7 @@ def held_out(keys: Sequence[str], fraction: float) -> np.ndarray:
     key with the smallest hash is always held out, so a small data set has something to validate on.
 
     Args:
-        keys: text [n]: the file names, or a group (source recording, speaker) that must not be split.
+        keys: text [n]: file names, or groups that must not be split (source recording, speaker).
         fraction: expected share of the keys held out, in [0, 1); 0 holds out nothing.
 
     Returns:
@@ -106,7 +106,7 @@ def held_out(keys: Sequence[str], fraction: float) -> np.ndarray:
     hashes = {k: int.from_bytes(hashlib.sha256(k.encode()).digest()[:8], "big") for k in set(keys)}
     if len(hashes) == 1:
         raise ValueError(
-            f"all {len(keys)} clips belong to one group ({keys[0]!r}): nothing can be held out of it;"
+            f"all {len(keys)} clips belong to one group ({keys[0]!r}): nothing can be held out;"
             " group by another column, or set the held-out fraction to 0"
         )
     limit = max(min(hashes.values()) + 1, round(fraction * 2**64))

@@ -1,0 +1,220 @@
+"""Batch numbers in, batches out: one pure function per batch, run by TensorFlow or by threads.
+
+counter -> position -> fetch -> crop or pad -> [log-mel patches] -> batch. A batch is a function of
+its number (see `order`), so the two executors below only decide who computes it and when: their
+int16 batches are equal bit for bit, from any start, in any number of hosts.
+"""
+
+import collections
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from beats_jax.data import order
+from beats_jax.data.sources import Clips
+from beats_jax.fbank import MEAN, STD, fbank, patchify
+
+Batch = dict[str, np.ndarray]
+DTYPES = {"waveform": np.int16, "num_samples": np.int32, "counter": np.uint32, "index": np.int32}
+T = TypeVar("T")
+
+
+def train_batches(
+    clips: Clips,
+    *,
+    seed: int,
+    batch_size: int,
+    clip_samples: int,
+    start: int = 0,
+    rows: slice | np.ndarray = slice(None),
+    backend: str = "tf",
+    frontend: str = "host",
+    mean: float = MEAN,
+    std: float = STD,
+    workers: int = 1,
+    prefetch: int = 4,
+) -> Iterator[Batch]:
+    """Endless batches of random crops, in an order that is a function of the seed alone.
+
+    Args:
+        clips: what to read.
+        seed: of the order and of the crops.
+        batch_size: of the global batch, all hosts together.
+        clip_samples: length of the crops; shorter clips are padded with zeros.
+        start: number of the first batch. Batch n holds examples n * batch_size + row.
+        rows: the rows of the global batch to read here.
+        backend: "tf" (tf.data) or "numpy" (threads; never imports TensorFlow).
+        frontend: "host" makes log-mel patches here, "device" leaves the waveform to the caller.
+        mean: of the log-mel, for "host".
+        std: of the log-mel, for "host".
+        workers: batches made at the same time.
+        prefetch: batches ready before they are asked for.
+
+    Returns:
+        An iterator of dicts, b = number of rows: `waveform` int16 [b, clip_samples] (device) or
+        `patches` float32 [b, L, 256] (host); `num_samples` int32 [b], valid samples of the crop;
+        `counter` uint32 [b], the example's number; `index` int32 [b], its position in `clips`.
+        Closing or dropping it stops its threads. What goes wrong in them is raised here.
+    """
+    _check(clips, batch_size, clip_samples, backend, frontend)
+    taken = np.arange(batch_size)[rows]
+
+    def make(number: int) -> Batch:
+        counters = number * batch_size + taken
+        index = order.dataset_positions(seed, counters, len(clips))
+        starts = order.crop_starts(seed, counters, clips.num_samples[index], clip_samples)
+        return _read(clips, index, starts, counters, clip_samples)
+
+    numbers, shape = range(start, sys.maxsize), (len(taken), clip_samples)
+    return _execute(make, numbers, shape, backend, frontend, mean, std, workers, prefetch)
+
+
+def eval_batches(
+    clips: Clips,
+    *,
+    batch_size: int,
+    clip_samples: int,
+    rows: slice | np.ndarray = slice(None),
+    backend: str = "tf",
+    frontend: str = "host",
+    mean: float = MEAN,
+    std: float = STD,
+    workers: int = 1,
+    prefetch: int = 4,
+) -> Iterator[Batch]:
+    """Every clip once, in the data set's order, cropped at its start; otherwise as `train_batches`.
+
+    The last batch is filled up with rows of zeros that have num_samples 0 and index -1.
+    """
+    _check(clips, batch_size, clip_samples, backend, frontend)
+    taken = np.arange(batch_size)[rows]
+
+    def make(number: int) -> Batch:
+        counters = number * batch_size + taken
+        index = np.where(counters < len(clips), counters, -1)
+        return _read(clips, index, np.zeros_like(index), counters, clip_samples)
+
+    numbers, shape = range(-(-len(clips) // batch_size)), (len(taken), clip_samples)
+    return _execute(make, numbers, shape, backend, frontend, mean, std, workers, prefetch)
+
+
+def _check(clips: Clips, batch_size: int, clip_samples: int, backend: str, frontend: str) -> None:
+    if not len(clips):
+        raise ValueError("there are no clips to read; check the filter and the held-out fraction")
+    if batch_size < 1 or clip_samples < 1:
+        raise ValueError(
+            f"batch_size {batch_size} and clip_samples {clip_samples} must be positive"
+        )
+    if backend not in ("tf", "numpy"):
+        raise ValueError(f"input.backend is {backend!r}; use 'tf' or 'numpy'")
+    if frontend not in ("host", "device"):
+        raise ValueError(f"input.frontend is {frontend!r}; use 'host' or 'device'")
+
+
+def _read(
+    clips: Clips, index: np.ndarray, starts: np.ndarray, counters: np.ndarray, clip_samples: int
+) -> Batch:
+    """Reads and crops; rows whose index is -1 stay empty."""
+    real = np.flatnonzero(index >= 0)
+    waveform = np.zeros((len(index), clip_samples), np.int16)
+    num_samples = np.zeros(len(index), np.int32)
+    for row, samples in zip(real, clips.fetch(index[real]), strict=True):
+        crop = samples[starts[row] : starts[row] + clip_samples]
+        waveform[row, : len(crop)] = crop
+        num_samples[row] = len(crop)
+    return {
+        "waveform": waveform,
+        "num_samples": num_samples,
+        "counter": counters.astype(np.uint32),
+        "index": index.astype(np.int32),
+    }
+
+
+def _execute(
+    make: Callable[[int], Batch],
+    numbers: range,
+    shape: tuple[int, int],
+    backend: str,
+    frontend: str,
+    mean: float,
+    std: float,
+    workers: int,
+    prefetch: int,
+) -> Iterator[Batch]:
+    def finish(batch: dict[str, Any]) -> dict[str, Any]:
+        if frontend == "host":
+            batch["patches"] = patchify(fbank(batch.pop("waveform"), mean, std))
+        return batch
+
+    if backend == "numpy":
+        return _numpy_batches(lambda number: finish(make(number)), numbers, workers, prefetch)
+    return _tf_batches(make, finish, numbers, shape, workers, prefetch)
+
+
+def _numpy_batches(
+    make: Callable[[int], Batch], numbers: range, workers: int, prefetch: int
+) -> Iterator[Batch]:
+    with ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
+        yield from ordered(pool, make, numbers, max(prefetch, workers))
+
+
+def ordered(
+    pool: Executor, function: Callable[[Any], T], items: Iterable[Any], ahead: int
+) -> Iterator[T]:
+    """`pool.map`, but never more than `ahead` calls ahead of the consumer; cancels when closed."""
+    waiting = collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for call in waiting:
+            call.cancel()
+
+
+def _tf_batches(
+    make: Callable[[int], Batch],
+    finish: Callable[[dict[str, Any]], dict[str, Any]],
+    numbers: range,
+    shape: tuple[int, int],
+    workers: int,
+    prefetch: int,
+) -> Iterator[Batch]:
+    """tf.data asks for batches by number: one Python call each; the log-mel is TensorFlow's own."""
+    import tensorflow as tf
+
+    for kind in ("GPU", "TPU"):  # they are JAX's; TensorFlow would take all of their memory
+        try:
+            tf.config.set_visible_devices([], kind)
+        except RuntimeError:  # the caller has used them with TensorFlow already
+            pass
+    failures: list[BaseException] = []
+
+    def call(number: np.ndarray) -> list[np.ndarray]:
+        try:
+            batch = make(int(number))
+            return [batch[name] for name in DTYPES]
+        except BaseException as failure:
+            failures.append(failure)
+            raise
+
+    @tf.autograph.experimental.do_not_convert
+    def read(number: Any) -> dict[str, Any]:
+        values = tf.numpy_function(call, [number], list(DTYPES.values()), stateful=False)
+        batch = dict(zip(DTYPES, values, strict=True))
+        for name, value in batch.items():
+            value.set_shape(shape if name == "waveform" else shape[:1])
+        return finish(batch)
+
+    data = tf.data.Dataset.range(numbers.start, numbers.stop)
+    data = data.map(read, num_parallel_calls=workers, deterministic=True).prefetch(prefetch)
+    try:
+        yield from cast(Iterator[Batch], data.as_numpy_iterator())
+    except tf.errors.OpError as error:  # it has the text of a failure in `call`, not the exception
+        raise (failures[0] if failures else error) from None

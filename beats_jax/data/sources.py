@@ -1,0 +1,329 @@
+"""What can be read: `Clips`, the prepared shards behind them, and the layouts of audio on disk.
+
+A prepared folder holds int16 PCM in ArrayRecord shards written by TFDS and `index.json`, which has
+everything but the sound: so filters, labels, lengths and the fingerprint never read audio, and
+neither TensorFlow nor TFDS is needed to train from it.
+"""
+
+import bisect
+import csv
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+INDEX = "index.json"  # written last and in one piece: a folder without it is not finished
+AUDIO_SUFFIXES = frozenset(
+    ".wav .flac .ogg .oga .opus .mp3 .m4a .mp4 .aac .wma .webm .aif .aiff .au .caf .w64".split()
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clips:
+    """A list of mono 16 kHz clips that can be read in any order, from any thread.
+
+    Attributes:
+        ids: file names, relative to their source.
+        num_samples: int64 [n], the clips' lengths.
+        columns: every metadata column as text, one value a clip: fold, category, target, ...
+        digests: sha256 of each clip's PCM bytes.
+        read: record number -> int16 [n_i].
+        records: int64 [n], the record number of each clip.
+    """
+
+    ids: list[str]
+    num_samples: np.ndarray
+    columns: dict[str, list[str]]
+    digests: list[str]
+    read: Callable[[int], np.ndarray]
+    records: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sha256 of sounds, names and metadata in their order; the folder's path has no part."""
+        content = json.dumps([self.ids, self.digests, sorted(self.columns.items())])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def fetch(self, positions: np.ndarray) -> list[np.ndarray]:
+        """Whole clips at integer positions [n], as n arrays int16 [n_i]."""
+        return [self.read(int(record)) for record in self.records[positions]]
+
+    def select(self, filter: str = "", keep: np.ndarray | None = None) -> "Clips":
+        """The clips that pass a row filter (see `matches`) and, if given, a bool array [n]."""
+        chosen = matches(filter, self.columns, len(self))
+        if keep is not None:
+            chosen = chosen & np.asarray(keep, bool)
+        rows = np.flatnonzero(chosen)
+        return Clips(
+            ids=[self.ids[i] for i in rows],
+            num_samples=self.num_samples[rows],
+            columns={name: [values[i] for i in rows] for name, values in self.columns.items()},
+            digests=[self.digests[i] for i in rows],
+            read=self.read,
+            records=self.records[rows],
+        )
+
+
+def matches(filter: str, columns: dict[str, list[str]], num_rows: int) -> np.ndarray:
+    """Rows that pass a filter such as "esc10=True,fold!=4|5".
+
+    A comma means AND, | separates the values that a column may (=) or may not (!=) have; values are
+    compared as text, and an empty one is a value too ("split=" keeps rows without a split).
+
+    Returns:
+        bool [num_rows]; all True for an empty filter.
+
+    Raises:
+        ValueError: if a term cannot be read, a column is unknown, or no row passes.
+    """
+    passed = np.ones(num_rows, bool)
+    terms = [term.strip() for term in filter.split(",")] if filter.strip() else []
+    for term in terms:
+        column, equals, values = term.partition("=")
+        wanted = not column.endswith("!")
+        column = column.removesuffix("!").strip()
+        if not equals:
+            raise ValueError(f"filter term {term!r} has no '='; write COLUMN=VALUE|VALUE or !=")
+        if column not in columns:
+            known = ", ".join(columns) or "none"
+            raise ValueError(f"filter: no column {column!r}; the columns are: {known}")
+        accepted = {value.strip() for value in values.split("|")}
+        passed &= np.array([(value in accepted) == wanted for value in columns[column]], bool)
+        if not passed.any():
+            some = sorted(set(columns[column]))[:8]
+            raise ValueError(f"filter {filter!r} leaves no clip; {column} has values like {some}")
+    return passed
+
+
+# --- prepared folders -----------------------------------------------------------------------------
+
+
+def open_clips(path: str | os.PathLike[str]) -> Clips:
+    """Clips of a folder written by `prepare`, read by random access.
+
+    Raises:
+        FileNotFoundError: if the folder or one of its shards is not there.
+        ValueError: if the folder is not a finished data set.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not (folder / INDEX).is_file():
+        raise ValueError(
+            f"{folder} is not a prepared data set (no {INDEX} in it);"
+            f" make one with: beats-jax prepare SOURCE {folder}"
+        )
+    index = json.loads((folder / INDEX).read_text())
+    for name, _ in index["shards"]:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: this shard of the data set is missing")
+    return Clips(
+        ids=index["id"],
+        num_samples=np.array(index["num_samples"], np.int64),
+        columns=index["columns"],
+        digests=index["sha256"],
+        read=_Shards(folder, index["shards"]),
+        records=np.arange(len(index["id"])),
+    )
+
+
+class _Shards:
+    """Record number -> PCM, from raw ArrayRecord files, without TensorFlow or TFDS.
+
+    One reader a shard, opened at the first use and shared by all threads.
+    """
+
+    def __init__(self, folder: Path, shards: list[tuple[str, int]]):
+        self._paths = [folder / name for name, _ in shards]
+        self._ends = list(itertools.accumulate(length for _, length in shards))
+        self._readers: list[Any] = [None] * len(shards)
+        self._lock = threading.Lock()
+
+    def __call__(self, record: int) -> np.ndarray:
+        shard = bisect.bisect_right(self._ends, record)
+        first = self._ends[shard - 1] if shard else 0
+        try:
+            reader = self._readers[shard] or self._open(shard, self._ends[shard] - first)
+            (data,) = reader.read([record - first])
+            example = _example_class().FromString(data)
+            (audio,) = example.features.feature["audio"].bytes_list.value
+            return np.frombuffer(audio, "<i2")
+        except Exception as error:  # RuntimeError, DecodeError, ValueError: as the layers please
+            raise OSError(
+                f"{self._paths[shard]}: record {record - first} cannot be read ({error});"
+                f" delete {self._paths[shard].parents[2]} and prepare it again"
+            ) from error
+
+    def _open(self, shard: int, length: int) -> Any:
+        from array_record.python import array_record_module  # pyright: ignore[reportMissingImports]
+
+        with self._lock:
+            if self._readers[shard] is None:
+                path = str(self._paths[shard])
+                # No read-ahead, no threads of its own: reads are random, and callers are threads.
+                reader = array_record_module.ArrayRecordReader(
+                    path,
+                    "readahead_buffer_size:0,max_parallelism:0",
+                    file_reader_buffer_size=32768,
+                )
+                # A missing or cut file does not raise: it opens, with nothing in it.
+                if not os.path.exists(path):
+                    raise FileNotFoundError("no such file")
+                if reader.num_records() != length:
+                    raise ValueError(f"it has {reader.num_records()} records, not {length}")
+                self._readers[shard] = reader
+            return self._readers[shard]
+
+
+@functools.cache
+def _example_class() -> Any:
+    """The message class of tf.train.Example, as far as bytes features go, without TensorFlow.
+
+    Reference: tensorflow/core/example/{example,feature}.proto. It lives in a pool of its own, so
+    that it does not collide with TensorFlow's when both are imported.
+    """
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="tf", syntax="proto3")
+
+    def add(messages: Any, name: str, *fields: tuple[str, int, int, str | None]) -> Any:
+        message = messages.add(name=name)
+        for number, (key, label, kind, type_name) in enumerate(fields, start=1):
+            message.field.add(
+                name=key, number=number, label=label, type=kind, type_name=type_name
+            )  # fmt: skip
+        return message
+
+    one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
+    nested = field.TYPE_MESSAGE
+    add(file.message_type, "BytesList", ("value", many, field.TYPE_BYTES, None))
+    add(file.message_type, "Feature", ("bytes_list", one, nested, ".tf.BytesList"))
+    features = add(
+        file.message_type,
+        "Features",
+        ("feature", many, nested, ".tf.Features.FeatureEntry"),
+    )
+    entry = add(
+        features.nested_type,
+        "FeatureEntry",
+        ("key", one, field.TYPE_STRING, None),
+        ("value", one, nested, ".tf.Feature"),
+    )
+    entry.options.map_entry = True
+    add(file.message_type, "Example", ("features", one, nested, ".tf.Features"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("tf.Example"))
+
+
+# --- audio on disk --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """Audio files to prepare: ids [n], their paths [n] and their metadata, one value a file."""
+
+    kind: str
+    ids: list[str]
+    paths: list[Path]
+    columns: dict[str, list[str]]
+
+
+def list_source(source: str | os.PathLike[str]) -> Listing:
+    """Finds the audio of a source, in whichever of these layouts it is.
+
+    * a manifest `X.csv` or `X.jsonl` with a `filename` column, relative to the manifest's folder
+      or to `audio/` in it;
+    * a folder with `metadata.csv`, which is such a manifest; or ESC-50's own, `meta/esc50.csv`;
+    * any other folder: every audio file below it; its sub-folders, if it has any, are the classes
+      (column `category`).
+
+    Raises:
+        FileNotFoundError: if the source is not there.
+        ValueError: if a manifest cannot be read, or there is no audio.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_file():
+        return _manifest("manifest", path, path.parent)
+    if (path / "metadata.csv").is_file():
+        return _manifest("manifest", path / "metadata.csv", path)
+    if (path / "meta" / "esc50.csv").is_file():
+        return _manifest("esc50", path / "meta" / "esc50.csv", path)
+    return _folder(path)
+
+
+def _folder(root: Path) -> Listing:
+    found = []
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found += [
+            Path(folder, name)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
+        ]
+    if not found:
+        suffixes = " ".join(sorted(AUDIO_SUFFIXES))
+        raise ValueError(f"{root}: no audio in it (looked for {suffixes})")
+    paths = sorted(found, key=lambda path: path.relative_to(root).as_posix())
+    ids = [path.relative_to(root).as_posix() for path in paths]
+    classes = [i.split("/")[0] if "/" in i else "" for i in ids]
+    return Listing("folder", ids, paths, {"category": classes} if any(classes) else {})
+
+
+def _manifest(kind: str, path: Path, root: Path) -> Listing:
+    rows = _read_rows(path)
+    if not rows:
+        raise ValueError(f"{path}: no rows in it")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if "filename" not in names:
+        raise ValueError(f"{path}: no column 'filename'; the columns are: {', '.join(names)}")
+    columns = {name: [row.get(name) or "" for row in rows] for name in names}
+    ids = columns.pop("filename")
+    if "" in ids:
+        raise ValueError(f"{path}: row {ids.index('') + 1} has no filename")
+    candidates = ((root / i, root / "audio" / i) for i in ids)
+    paths = [direct if direct.exists() else below for direct, below in candidates]
+    if not any(p.exists() for p in paths):
+        raise ValueError(f"{path}: none of its {len(ids)} files is in {root} or {root / 'audio'}")
+    return Listing(kind, ids, paths, columns)
+
+
+def _read_rows(path: Path) -> Sequence[dict[str, str]]:
+    """Rows of a .csv or .jsonl file, all values as text."""
+    try:
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                rows = [json.loads(line) for line in lines if line.strip()]
+            return [{key: _text(value) for key, value in row.items()} for row in rows]
+        if path.suffix == ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as lines:
+                rows = list(csv.DictReader(lines, strict=True))
+            if ragged := [number for number, row in enumerate(rows, 2) if None in row]:
+                raise csv.Error(f"line {ragged[0]} has more fields than the header")
+            return rows
+    except (
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        AttributeError,
+        csv.Error,
+    ) as error:
+        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
+    raise ValueError(f"{path}: a manifest ends in .csv or .jsonl")
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,1 @@
+"""The networks: flax.linen modules with plain constructor arguments; no mesh, config or files."""

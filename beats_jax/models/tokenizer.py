@@ -1,0 +1,125 @@
+"""Iteration 1's tokenizer: a frozen random projection and a random codebook, from a seed.
+
+The arrays come from numpy's PCG64, so that a seed means the same tokens on every machine and under
+every version of JAX, and are an argument of the functions, not a constant in the compiled step.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beats_jax.fbank import PATCH_SIZE
+
+MODES = ("bestrq", "paper", "espnet")
+_ESPNET_PATCH_DIM = 512
+
+
+def init_random_projection(
+    seed: int, codebook_size: int = 1024, dim: int = 16, pool: int = 1, mode: str = "bestrq"
+) -> dict[str, np.ndarray]:
+    """Draws the tokenizer's arrays.
+
+    Args:
+        seed: any non-negative int.
+        codebook_size: number of tokens.
+        dim: of the codes; 16 in BEST-RQ, 256 in BEATs and ESPnet.
+        pool: side of the box of pixels averaged first, 1 or 4.
+        mode: "bestrq", "paper" (BEATs Eq. 1 as written) or "espnet".
+
+    Returns:
+        float32 arrays: projection [pixels, dim], codebook [codebook_size, dim] (unit rows for
+        "bestrq"); "espnet" also patch_embedding [256, 512], and its projection is [512, dim].
+    """
+    if mode not in MODES:
+        raise ValueError(f"tokenizer mode is {mode!r}; want one of {', '.join(MODES)}")
+    if pool not in (1, 4) or (pool != 1 and mode != "bestrq"):
+        raise ValueError(f"pool is {pool} with mode {mode!r}; want 1, or 4 with 'bestrq'")
+    rng = np.random.default_rng(seed)
+    pixels = (PATCH_SIZE // pool) ** 2
+    params = {}
+    if mode == "espnet":
+        # Xavier of a Conv2d weight: the kernel's area counts in both fans
+        params["patch_embedding"] = _xavier(rng, pixels, _ESPNET_PATCH_DIM, area=pixels)
+        pixels = _ESPNET_PATCH_DIM
+    params["projection"] = _xavier(rng, pixels, dim)
+    codebook = rng.standard_normal((codebook_size, dim))
+    if mode == "bestrq":
+        codebook /= np.linalg.norm(codebook, axis=1, keepdims=True)
+    params["codebook"] = codebook.astype(np.float32)
+    return params
+
+
+def _xavier(rng: np.random.Generator, fan_in: int, fan_out: int, area: int = 1) -> np.ndarray:
+    std = math.sqrt(2 / (fan_in + fan_out * area))
+    return (std * rng.standard_normal((fan_in, fan_out))).astype(np.float32)
+
+
+def random_projection_ids(
+    params: Mapping[str, jax.Array],
+    patches: jax.Array,
+    *,
+    mode: str = "bestrq",
+    loudness_weight: float = 0.1,
+    corpus_mean: float = 0.0,
+) -> jax.Array:
+    """Labels patches with the nearest random code.
+
+    In "bestrq" mode a patch's mean m is scaled down first, x - m + loudness_weight (m -
+    corpus_mean): with its full loudness the 1024 codes collapse to a few dozen. Then l2 norm on
+    both sides. "paper" projects the patch as it is; "espnet" normalises after each of its two
+    projections. In float32 at the highest precision, because a code's margin can be small.
+
+    Args:
+        params: of init_random_projection, for the same mode; the pooling follows from their shapes.
+        patches: [..., 256], normalised log-mel as ``fbank.patchify`` gives it.
+        mode: as in init_random_projection.
+        loudness_weight: weight of the patch mean ("bestrq").
+        corpus_mean: mean of the normalised log-mel over the corpus ("bestrq").
+
+    Returns:
+        int32 [...], in [0, codebook_size).
+    """
+    x = patches.astype(jnp.float32)
+    if mode == "bestrq":
+        x = _scale_loudness(_pool(x, params["projection"].shape[0]), loudness_weight, corpus_mean)
+        # the codes have unit length, so the largest product is the largest cosine
+        scores = _matmul(_matmul(x, params["projection"]), params["codebook"].T)
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    if mode == "espnet":
+        x = _standardise(_matmul(x, params["patch_embedding"]))
+        x = _standardise(_matmul(x, params["projection"]))
+    elif mode == "paper":
+        x = _matmul(x, params["projection"])
+    else:
+        raise ValueError(f"tokenizer mode is {mode!r}; want one of {', '.join(MODES)}")
+    # the smallest |x - v|^2 is the largest x.v - |v|^2 / 2
+    half_norms = 0.5 * jnp.sum(jnp.square(jnp.asarray(params["codebook"])), axis=-1)
+    scores = _matmul(x, params["codebook"].T)
+    scores -= half_norms.reshape((1,) * (scores.ndim - 1) + half_norms.shape)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def _pool(x: jax.Array, pixels: int) -> jax.Array:
+    """[..., 256] -> [..., pixels]: means over boxes of the 16 x 16 patch."""
+    side = math.isqrt(pixels)
+    box = PATCH_SIZE // side
+    boxes = x.reshape(*x.shape[:-1], side, box, side, box)
+    return boxes.mean((-3, -1)).reshape(*x.shape[:-1], pixels)
+
+
+def _scale_loudness(x: jax.Array, weight: float, corpus_mean: float) -> jax.Array:
+    mean = x.mean(-1, keepdims=True)
+    return x - mean + weight * (mean - corpus_mean)
+
+
+def _standardise(x: jax.Array) -> jax.Array:
+    """LayerNorm without parameters."""
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-5)
+
+
+def _matmul(x: jax.Array, weight: jax.Array | np.ndarray) -> jax.Array:
+    return jnp.matmul(x, jnp.asarray(weight), precision="highest")

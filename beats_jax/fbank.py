@@ -74,7 +74,7 @@ def _dft_matrix() -> np.ndarray:
     return (_povey_window()[:, None] * preemphasis).T @ dft
 
 
-WINDOW = _povey_window().astype(np.float32)[None, None]  # [1, 1, 400]
+WINDOW = _povey_window().astype(np.float32)  # [400]
 MEL_BANKS = _mel_banks().astype(np.float32)  # [256, 128]
 DFT_MATRIX = _dft_matrix().astype(np.float32)  # [400, 512]
 
@@ -126,7 +126,7 @@ def fbank(waveform: Any, mean: float = MEAN, std: float = STD) -> Any:
     log_mel = log_mel[..., : num_frames(num_samples), :]
     # A divisor no compiler can see through: XLA and TensorFlow would multiply by the reciprocal of
     # a constant, and its last bit is not torch's quotient (silence would be 3e-6 off in log units).
-    divisor = xp.where(log_mel == log_mel, np.float32(2.0 * std), np.float32(np.nan))
+    divisor = xp.where(xp.isnan(log_mel), np.float32(np.nan), np.float32(2.0 * std))
     return (log_mel - np.float32(mean)) / divisor
 
 
@@ -185,9 +185,9 @@ def _power_by_matrix(frames: Any, matmul: Callable) -> Any:
 def _power_by_fft(xp: Any, frames: Any, rfft: Callable) -> Any:
     """The same by FFT; `rfft(x, 512)` pads with zeros."""
     previous = xp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
-    emphasised = (frames - PREEMPHASIS * previous) * WINDOW
+    emphasised = (frames - PREEMPHASIS * previous) * xp.broadcast_to(WINDOW, frames.shape)
     spectrum = rfft(emphasised, FFT_LENGTH)[..., :NUM_BINS]
-    return xp.real(spectrum) ** 2 + xp.imag(spectrum) ** 2
+    return xp.square(xp.real(spectrum)) + xp.square(xp.imag(spectrum))
 
 
 def _numpy_log_mel(waveform: np.ndarray) -> np.ndarray:
@@ -199,6 +199,11 @@ def _numpy_log_mel(waveform: np.ndarray) -> np.ndarray:
 
 def _jax_log_mel(waveform: Any) -> Any:
     """[N, T] to [N * blocks, BLOCK, 128], in float32 whatever the default matmul precision is."""
+    return _compiled_jax_log_mel()(waveform)
+
+
+@functools.cache
+def _compiled_jax_log_mel() -> Callable:
     import jax
     import jax.numpy as jnp
 
@@ -207,27 +212,34 @@ def _jax_log_mel(waveform: Any) -> Any:
     )
     by_fft = functools.partial(_power_by_fft, jnp, rfft=jnp.fft.rfft)
     by_matrix = functools.partial(_power_by_matrix, matmul=matmul)
-    return jax.lax.platform_dependent(
-        _frame(jnp, waveform),
-        cpu=lambda frames: jax.lax.map(
-            lambda block: _log_mel(jnp, block, by_fft, matmul), frames[:, None]
-        )[:, 0],
-        default=lambda frames: _log_mel(jnp, frames, by_matrix, matmul),
-    )
+
+    def on_cpu(frames):
+        return jax.lax.map(lambda block: _log_mel(jnp, block, by_fft, matmul), frames)
+
+    def on_accelerator(frames):
+        return _log_mel(jnp, frames, by_matrix, matmul)
+
+    @jax.jit
+    def log_mel(waveform):
+        return jax.lax.platform_dependent(_frame(jnp, waveform), cpu=on_cpu, default=on_accelerator)
+
+    return log_mel
 
 
 def _tensorflow_log_mel(waveform: Any) -> Any:
-    """[N, T] to [N * blocks, BLOCK, 128]."""
+    """[N, T] to [N, blocks, BLOCK, 128], clip by clip as for numpy."""
     import tensorflow as tf
     import tensorflow.experimental.numpy as tnp
 
     def rfft(frames, length):
-        # tf.signal.rfft pads only inside a tf.function and only where there is something to pad.
+        # tf.signal.rfft pads by itself, but not an empty batch.
         padding = [[0, 0], [0, 0], [0, length - frames.shape[-1]]]
         return tf.signal.rfft(tf.pad(frames, padding), [length])
 
     power = functools.partial(_power_by_fft, tnp, rfft=rfft)
-    return _log_mel(tnp, _frame(tnp, waveform), power, tf.matmul)
+    return tf.map_fn(
+        lambda clip: _log_mel(tnp, _frame(tnp, clip[None]), power, tf.matmul), waveform
+    )
 
 
 def _library(x: Any) -> str:

@@ -6,6 +6,8 @@ int16 batches are equal bit for bit, from any start, in any number of hosts.
 """
 
 import collections
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -187,13 +189,7 @@ def _tf_batches(
     prefetch: int,
 ) -> Iterator[Batch]:
     """tf.data asks for batches by number: one Python call each; the log-mel is TensorFlow's own."""
-    import tensorflow as tf
-
-    for kind in ("GPU", "TPU"):  # they are JAX's; TensorFlow would take all of their memory
-        try:
-            tf.config.set_visible_devices([], kind)
-        except RuntimeError:  # the caller has used them with TensorFlow already
-            pass
+    tf = import_tensorflow()
     failures: list[BaseException] = []
 
     def call(number: np.ndarray) -> list[np.ndarray]:
@@ -218,3 +214,14 @@ def _tf_batches(
         yield from cast(Iterator[Batch], data.as_numpy_iterator())
     except tf.errors.OpError as error:  # it has the text of a failure in `call`, not the exception
         raise (failures[0] if failures else error) from None
+
+
+def import_tensorflow() -> Any:
+    """TensorFlow without accelerators: they are JAX's, and it would take all of their memory."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # it greets with ten lines otherwise
+    import tensorflow as tf
+
+    for kind in ("GPU", "TPU"):
+        with contextlib.suppress(RuntimeError):  # the caller has used them with it already
+            tf.config.set_visible_devices([], kind)
+    return tf

@@ -145,6 +145,7 @@ class _Shards:
     """
 
     def __init__(self, folder: Path, shards: list[tuple[str, int]]):
+        self._folder = folder
         self._paths = [folder / name for name, _ in shards]
         self._ends = list(itertools.accumulate(length for _, length in shards))
         self._readers: list[Any] = [None] * len(shards)
@@ -162,11 +163,11 @@ class _Shards:
         except Exception as error:  # RuntimeError, DecodeError, ValueError: as the layers please
             raise OSError(
                 f"{self._paths[shard]}: record {record - first} cannot be read ({error});"
-                f" delete {self._paths[shard].parents[2]} and prepare it again"
+                f" delete {self._folder} and prepare it again"
             ) from error
 
     def _open(self, shard: int, length: int) -> Any:
-        from array_record.python import array_record_module  # pyright: ignore[reportMissingImports]
+        from array_record.python import array_record_module  # pyright: ignore
 
         with self._lock:
             if self._readers[shard] is None:

@@ -1,0 +1,105 @@
+"""The command line: `beats-jax COMMAND`, the same as `python -m beats_jax.cli COMMAND`.
+
+A command is one function: its docstring is the help, it declares its arguments on the parser, and
+what it returns runs them. Everything heavy is imported when a command runs, so `--help` is quick.
+
+Exit codes: 0 all done; 2 wrong usage or input, with one line that says so; 3 done, but some files
+were skipped; 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def prepare(parser: argparse.ArgumentParser) -> Run:
+    """Decode a folder of audio once, to 16 kHz shards that training reads.
+
+    SOURCE is a folder (its sub-folders are the classes), a folder with metadata.csv, ESC-50 as it
+    comes, a manifest (.csv or .jsonl with a column `filename`), or the word `synthetic`. Broken and
+    too short files are skipped and listed in OUT/report.json. A second call reuses the first's OUT.
+
+    example:
+      beats-jax prepare ~/ESC-50-master esc10 --filter esc10=True
+    """
+    parser.add_argument("source", metavar="SOURCE", help="folder, manifest, or 'synthetic'")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--filter", default="", help="rows to take: 'COLUMN=VALUE|VALUE,COLUMN!=VALUE'"
+    )
+    parser.add_argument("--jobs", type=int, help="processes that decode (default: one a CPU)")
+
+    def run(args: argparse.Namespace) -> int:
+        from beats_jax.data.prepare import prepare
+
+        report = prepare(args.source, args.out, jobs=args.jobs, filter=args.filter)
+        print(
+            f"{args.out}: {report.clips} of {report.listed} clips, {report.hours:.2f} h;"
+            f" {len(report.padded)} padded to one token column; skipped: {len(report.too_short)}"
+            f" too short, {len(report.unreadable)} unreadable"
+            + (f" (listed in {os.path.join(args.out, 'report.json')})" if report.skipped else "")
+        )
+        return 3 if report.skipped else 0
+
+    return run
+
+
+def stats(parser: argparse.ArgumentParser) -> Run:
+    """Mean and standard deviation of a prepared data set's log-mel, for config.data.mean and std.
+
+    example:
+      beats-jax stats esc10 --filter 'fold!=5'
+    """
+    parser.add_argument("data", metavar="DATA", help="a folder made by `prepare`")
+    parser.add_argument("--filter", default="", help="clips to take, as for `prepare`")
+
+    def run(args: argparse.Namespace) -> int:
+        from beats_jax.data.prepare import dataset_stats
+        from beats_jax.data.sources import open_clips
+
+        clips = open_clips(args.data).select(args.filter)
+        mean, std, frames = dataset_stats(clips)
+        print(f"{len(clips)} clips, {frames} frames")
+        print(f"--config.data.mean={mean:.5f} --config.data.std={std:.5f}")
+        return 0
+
+    return run
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns its exit code."""
+    if sys.stdin is None:  # closed: a pipe would get its number, and workers close theirs
+        os.open(os.devnull, os.O_RDONLY)
+    parser = _Parser(prog="beats-jax", description="BEATs audio pre-training in JAX.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (prepare, stats):
+        first, _, rest = (command.__doc__ or "").partition("\n")
+        subparser = commands.add_parser(
+            command.__name__,
+            help=first,
+            description=f"{first}\n{rest}".replace("\n    ", "\n"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        subparser.set_defaults(run=command(subparser), prog=subparser.prog)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{args.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{args.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,407 @@
+"""From any folder of audio to shards, once: decode, mono, 16 kHz, int16, ArrayRecord by TFDS.
+
+A pool of processes decodes, and one TFDS builder writes what it is handed, whatever the layout of
+the source (`list_source`). The finished folder:
+
+    shards/        written by TFDS: one tf.train.Example a clip, with `id` and `audio`
+    report.json    what was kept, padded and skipped, and why
+    source.json    what it was made from, to know it again
+    index.json     everything but the sound (`sources`); written last
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from beats_jax.data.pipeline import import_tensorflow, ordered
+from beats_jax.data.sources import INDEX, Clips, Listing, list_source, matches
+from beats_jax.data.synthetic import synthetic_clips
+from beats_jax.fbank import FRAME_LENGTH, MIN_SAMPLES, SAMPLE_RATE, fbank
+
+SYNTHETIC_CLIPS = 560  # 40 of each category, 8 in each fold
+LABELS = ("category", "target", "label", "labels")
+
+
+class Report(NamedTuple):
+    """What `prepare` did; also in report.json."""
+
+    source: str  # the layout: folder, manifest, esc50 or synthetic
+    filter: str
+    listed: int  # files that passed the filter
+    clips: int  # of them kept
+    hours: float
+    padded: list[str]  # labelled clips of 400 to 2799 samples, filled up with zeros to 2800
+    too_short: list[str]  # under 400 samples: skipped
+    unreadable: dict[str, str]  # file -> reason: skipped
+
+    @property
+    def skipped(self) -> int:
+        return len(self.too_short) + len(self.unreadable)
+
+
+class Decoded(NamedTuple):
+    """One file as `_decode` hands it over; `pcm` is empty where it could not be read."""
+
+    pcm: bytes
+    source_sha256: str = ""
+    reason: str = ""
+
+
+def prepare(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    jobs: int | None = None,
+    filter: str = "",
+) -> Report:
+    """Makes the prepared folder `out` of a source; at once if it is there already.
+
+    Files that cannot be read and clips under 400 samples (no log-mel frame) are skipped and
+    reported. A run that was killed is started afresh by the next call.
+
+    Args:
+        source: a folder, a manifest (see `list_source`) or "synthetic".
+        out: the folder to write; new, empty, or made by an earlier call.
+        jobs: processes that decode; by default one for each CPU.
+        filter: rows to take, e.g. "esc10=True,fold!=4|5" (see `matches`).
+
+    Raises:
+        FileNotFoundError: if the source is not there.
+        ValueError: if it has no usable audio, or `out` holds something else.
+        BlockingIOError: if another call is writing to `out`.
+    """
+    jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}; give at least 1")
+    if str(source) == "synthetic":
+        made = synthetic_clips(SYNTHETIC_CLIPS).select(filter)
+        listing = Listing("synthetic", made.ids, [], made.columns)
+        identity = made.fingerprint
+        decoded = (Decoded(made.read(int(record)).tobytes()) for record in made.records)
+    else:
+        listing = _filtered(list_source(source), filter)
+        identity = _identity(listing, filter)
+        decoded = _decode_all(listing, jobs)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with _lock(out):
+        if (out / INDEX).exists():
+            _check_same(out, listing, identity)
+            return Report(**json.loads((out / "report.json").read_text()))
+        _clear(out)
+        return _write(out, listing, identity, filter, decoded)
+
+
+def _filtered(listing: Listing, filter: str) -> Listing:
+    rows = np.flatnonzero(matches(filter, listing.columns, len(listing.ids)))
+    columns = {name: [values[i] for i in rows] for name, values in listing.columns.items()}
+    ids, paths = [listing.ids[i] for i in rows], [listing.paths[i] for i in rows]
+    return Listing(listing.kind, ids, paths, columns)
+
+
+# --- is it there already? -------------------------------------------------------------------------
+
+
+def _identity(listing: Listing, filter: str) -> str:
+    """Hash of the source as far as a directory listing shows it: names, sizes and metadata."""
+    sizes = [path.stat().st_size if path.is_file() else -1 for path in listing.paths]
+    content = json.dumps([listing.ids, sizes, sorted(listing.columns.items()), filter])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _modified(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
+def _check_same(out: Path, listing: Listing, identity: str) -> None:
+    """Raises if the data set in `out` was made from anything but this listing's content."""
+    saved = json.loads((out / "source.json").read_text())
+    same = saved["identity"] == identity and all(
+        _modified(path) == modified or _sha256(path) == digest  # a copy has new times only
+        for path, (modified, digest) in zip(listing.paths, saved["files"], strict=False)
+    )
+    if not same:
+        raise ValueError(
+            f"{out} holds a data set made from other files, other metadata or another filter"
+            f" (it has {saved['listed']} files and the filter {saved['filter']!r});"
+            " give another folder, or delete this one"
+        )
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Keeps a second `prepare` out; the system lets go of it even if the process is killed."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{out}: another prepare is at work on this folder") from None
+        yield
+
+
+def _clear(out: Path) -> None:
+    """Removes what a killed run left, and nothing else."""
+    own = {".lock", "shards", "report.json", "source.json", INDEX + ".tmp"}
+    if foreign := sorted(set(os.listdir(out)) - own):
+        raise ValueError(f"{out} is not empty ({foreign[0]} is in it); give a new folder")
+    shutil.rmtree(out / "shards", ignore_errors=True)
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+def read_audio(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
+    """Reads a file in any container, at any rate, of any number of channels.
+
+    Returns:
+        float32 [n] in [-1, 1], the mean of the channels at 16 kHz; and that rate.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is empty or cannot be decoded.
+    """
+    import soundfile
+
+    if os.stat(path).st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        wav = _through_ffmpeg(path, error.error_string)
+        samples, rate = soundfile.read(io.BytesIO(wav), dtype="float32", always_2d=True)
+    waveform = samples.mean(axis=1)
+    if not np.isfinite(waveform).all():
+        raise ValueError(f"{path}: has samples that are not finite")
+    if rate != SAMPLE_RATE and len(waveform):
+        import librosa
+
+        waveform = librosa.resample(
+            waveform, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq"
+        )
+    return waveform, SAMPLE_RATE
+
+
+def _through_ffmpeg(path: str | os.PathLike[str], why: str) -> bytes:
+    """The file as a WAV that keeps its rate and channels; `why` says what soundfile objected to."""
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-i", os.fspath(path), "-map", "0:a:0"]
+    try:
+        done = subprocess.run(
+            [*command, "-c:a", "pcm_f32le", "-f", "wav", "-"], capture_output=True
+        )
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: soundfile cannot decode it ({why}), and ffmpeg, which might, is not installed"
+        ) from None
+    if done.returncode or not done.stdout:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+        raise ValueError(f"{path}: cannot be decoded; soundfile: {why}; ffmpeg: {said[-1]}")
+    return done.stdout
+
+
+def _decode(path: Path) -> Decoded:
+    """Runs in a worker: a file that cannot be read is an answer, not a failure."""
+    try:
+        waveform, _ = read_audio(path)
+        pcm = np.clip(np.round(waveform * 32768.0), -32768, 32767).astype("<i2")
+        return Decoded(pcm.tobytes(), _sha256(path))
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
+        reason = reason or type(error).__name__
+        with contextlib.suppress(OSError):
+            return Decoded(b"", _sha256(path), reason)
+        return Decoded(b"", "", reason)
+
+
+def _decode_all(listing: Listing, jobs: int) -> Iterator[Decoded]:
+    jobs = min(jobs, len(listing.paths))
+    if jobs == 1:
+        yield from map(_decode, listing.paths)
+        return
+    # Not forked: by now this process may have threads of TensorFlow and JAX, with their locks.
+    context = multiprocessing.get_context("spawn")
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    try:
+        with ProcessPoolExecutor(
+            jobs,
+            mp_context=context,
+            initializer=signal.signal,
+            initargs=ignore_interrupt,
+        ) as pool:
+            yield from ordered(pool, _decode, listing.paths, ahead=8 * jobs)
+    except BrokenProcessPool as error:
+        raise OSError(
+            "a decoding process died (out of memory, or a crash in a decoder, or the calling script"
+            ' has no `if __name__ == "__main__":`); jobs=1 decodes without processes'
+        ) from error
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def _write(
+    out: Path, listing: Listing, identity: str, filter: str, decoded: Iterable[Decoded]
+) -> Report:
+    kept: list[int] = []
+    num_samples: list[int] = []
+    digests: list[str] = []
+    files: list[tuple[int, str]] = []
+    padded: list[str] = []
+    too_short: list[str] = []
+    unreadable: dict[str, str] = {}
+
+    labels = [listing.columns[name] for name in LABELS if name in listing.columns]
+
+    def examples() -> Iterator[dict[str, Any]]:
+        rows = tqdm(decoded, "prepare", len(listing.ids), unit="clip", disable=None)
+        for row, (pcm, source_sha256, reason) in enumerate(rows):
+            name = listing.ids[row]
+            if listing.paths:
+                files.append((_modified(listing.paths[row]), source_sha256))
+            if reason:
+                unreadable[name] = reason
+                continue
+            if len(pcm) < 2 * FRAME_LENGTH:
+                too_short.append(name)
+                continue
+            if len(pcm) < 2 * MIN_SAMPLES and any(column[row] for column in labels):
+                pcm = pcm.ljust(2 * MIN_SAMPLES, b"\0")
+                padded.append(name)
+            kept.append(row)
+            num_samples.append(len(pcm) // 2)
+            digests.append(hashlib.sha256(pcm).hexdigest())
+            yield {"id": name, "audio": pcm}
+
+    try:
+        shards = _write_shards(out, examples(), len(listing.ids))
+    except AssertionError:  # TFDS's word for a generator that yielded nothing
+        if kept:
+            raise
+        reasons = unreadable or dict.fromkeys(too_short, f"under {FRAME_LENGTH} samples")
+        name, reason = next(iter(reasons.items()))
+        total = len(listing.ids)
+        raise ValueError(f"none of the {total} files can be used; {name}: {reason}") from None
+    report = Report(
+        source=listing.kind,
+        filter=filter,
+        listed=len(listing.ids),
+        clips=len(kept),
+        hours=round(sum(num_samples) / SAMPLE_RATE / 3600, 4),
+        padded=padded,
+        too_short=too_short,
+        unreadable=unreadable,
+    )
+    source = {
+        "identity": identity,
+        "filter": filter,
+        "listed": len(listing.ids),
+        "files": files,
+    }
+    index = {
+        "shards": shards,
+        "id": [listing.ids[row] for row in kept],
+        "num_samples": num_samples,
+        "sha256": digests,
+        "columns": {n: [values[row] for row in kept] for n, values in listing.columns.items()},
+    }
+    (out / "report.json").write_text(json.dumps(report._asdict(), indent=1))
+    (out / "source.json").write_text(json.dumps(source))
+    (out / (INDEX + ".tmp")).write_text(json.dumps(index))
+    os.replace(out / (INDEX + ".tmp"), out / INDEX)
+    return report
+
+
+@functools.cache
+def _builder_class() -> Any:
+    """The TFDS builder of prepared clips; made at the first use, as TFDS takes long to import."""
+    import tensorflow_datasets as tfds
+
+    class Builder(tfds.core.GeneratorBasedBuilder):
+        """int16 PCM as bytes: TFDS's Audio feature would store every sample as an int64 varint."""
+
+        name = "clips"
+        VERSION = tfds.core.Version("1.0.0")
+        examples: Iterable[tuple[int, dict[str, Any]]] = ()
+
+        def _info(self) -> Any:
+            features = {"id": tfds.features.Text(), "audio": tfds.features.Scalar(np.object_)}
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                disable_shuffling=True,  # record i is row i of the index
+            )
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+            yield from self.examples
+
+    return Builder
+
+
+def _write_shards(
+    out: Path, examples: Iterator[dict[str, Any]], at_most: int
+) -> list[tuple[str, int]]:
+    """Writes clips in their order. Returns (path in `out`, number of records) of every shard."""
+    import_tensorflow()
+    import tensorflow_datasets as tfds
+
+    # TFDS sorts by key in 1000 temporary files that split the 128-bit keys evenly: spreading the
+    # keys over that range keeps the order and keeps any one file small enough for memory.
+    step = 2**128 // at_most
+    builder = _builder_class()(data_dir=str(out / "shards"), file_format="array_record")
+    builder.examples = ((i * step, example) for i, example in enumerate(examples))
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it downloads to
+        builder.download_and_prepare()
+    shutil.rmtree(out / "shards" / "downloads", ignore_errors=True)  # made, and empty
+    split = builder.info.splits["train"]
+    paths = [Path(path).relative_to(out.absolute()) for path in split.filepaths]
+    return [(p.as_posix(), length) for p, length in zip(paths, split.shard_lengths, strict=True)]
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+class Stats(NamedTuple):
+    """Of the log-mel before it is normalised: what `mean` and `std` of `fbank` expect."""
+
+    mean: float
+    std: float
+    frames: int
+
+
+def dataset_stats(clips: Clips) -> Stats:
+    """Mean and standard deviation over all frames and all 128 bins of all clips."""
+    count, total, square = 0, 0.0, 0.0
+    for position in tqdm(range(len(clips)), "stats", unit="clip", disable=None):
+        (waveform,) = clips.fetch(np.array([position]))
+        logmel = fbank(waveform, mean=0.0, std=0.5).astype(np.float64)  # (x - 0) / (2 * 0.5)
+        count += logmel.size
+        total += logmel.sum()
+        square += np.square(logmel).sum()
+    if not count:
+        raise ValueError("there are no frames to take statistics of")
+    mean = total / count
+    return Stats(float(mean), float(np.sqrt(square / count - mean**2)), count // 128)

@@ -1,0 +1,308 @@
+"""Pictures of a pre-training run: its curves, its use of the codebook, and one clip in its eyes.
+
+Every function takes plain numbers and writes one PNG. The colours are Okabe and Ito's, which stay
+apart under every kind of colour blindness, and no figure relies on colour alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from beats_jax.fbank import BANDS, FRAME_SHIFT, NUM_MELS, PATCH_SIZE, SAMPLE_RATE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
+MASKED, VISIBLE = "#B8B8B8", "#ECECEC"  # backgrounds where nothing is drawn
+SMOOTHING = 50  # a curve of over 100 points is drawn as the mean over 1/50 of them, on top
+COLUMN_SECONDS = PATCH_SIZE * FRAME_SHIFT / SAMPLE_RATE  # 0.16 s of a column of 8 tokens
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": True,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
+    "legend.fontsize": 8,
+    "figure.dpi": 150,
+}
+
+# Title, y label, then (metric, label, colour, line style) of each line; `val_METRIC` is drawn as
+# points of the same colour. A metric that a run did not log is left out, and a panel without any.
+PANELS = (
+    (
+        "Loss",
+        "cross-entropy (nats)",
+        ("loss", "model", BLUE, "-"),
+        ("unigram_loss", "per-band unigram", GREY, "--"),
+    ),
+    (
+        "Masked accuracy",
+        "share of masked tokens",
+        ("masked_accuracy", "model", BLUE, "-"),
+        ("unigram_accuracy", "per-band unigram", GREY, "--"),
+    ),
+    (
+        "Code perplexity",
+        "effective codes",
+        ("code_perplexity", "target", GREY, "--"),
+        ("predicted_code_perplexity", "predicted", BLUE, "-"),
+    ),
+    (
+        "Codes used",
+        "different codes",
+        ("codes_used", "target", GREY, "--"),
+        ("predicted_codes_used", "predicted", BLUE, "-"),
+    ),
+    ("Feature spread", "std over clips", ("feature_std", "pooled features", GREEN, "-")),
+    ("Learning rate", "learning rate", ("lr", "learning rate", ORANGE, "-")),
+)
+
+
+def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:
+    """Draws the curves of a pre-training run against the step.
+
+    Args:
+        metrics: the lines of `metrics.jsonl` (see `writers.read_metrics`): dicts with `step`.
+        path: the PNG to write; its folder is made.
+
+    Raises:
+        ValueError: no line holds any metric that can be drawn.
+    """
+    panels = [
+        p
+        for p in PANELS
+        if any(
+            _points(metrics, prefix + line[0])[0].size for line in p[2:] for prefix in ("", "val_")
+        )
+    ]
+    if not panels:
+        raise ValueError(f"{len(metrics)} lines of metrics hold nothing to draw for {path}")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    with _style():
+        figure, axes = _figure(rows, columns, (3.7 * columns, 2.7 * rows))
+        for axis, (title, unit, *lines) in zip(axes, panels, strict=False):
+            for line in lines:
+                _draw_line(axis, metrics, *line)
+            axis.set(title=title, xlabel="step", ylabel=unit, xlim=(0, None))
+            if title != "Loss":  # all others have a zero that means something
+                axis.set_ylim(0, None)
+            if len(axis.get_legend_handles_labels()[0]) > 1:
+                axis.legend()
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        if any(name.startswith("val_") for line in metrics for name in line):
+            axes[0].set_title("points: held-out clips", loc="right", fontsize=8, color=GREY)
+        _save(figure, path)
+
+
+def plot_code_usage(counts: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draws how evenly codes are used: the share of every code, most used first.
+
+    Args:
+        counts: label -> [K] counts, e.g. {"target": ..., "predicted": ...} or one entry a band.
+        path: the PNG to write; its folder is made.
+    """
+    import matplotlib
+
+    with _style():
+        figure, (axis,) = _figure(1, 1, (6.4, 3.4))
+        # From dark to light, so that bands read as an order.
+        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(counts)))
+        for (label, values), colour in zip(counts.items(), shades, strict=True):
+            share = np.sort(np.asarray(values, np.float64))[::-1] / max(np.sum(values), 1)
+            share = share[share > 0]
+            perplexity = np.exp(-(share * np.log(share)).sum())
+            label = f"{label} (perplexity {perplexity:.0f})"
+            axis.plot(np.arange(1, len(share) + 1), share, color=colour, label=label)
+        num_codes = max(len(values) for values in counts.values())
+        axis.axhline(1 / num_codes, color=GREY, linestyle="--", label=f"uniform: 1/{num_codes}")
+        axis.set(title="Code usage", xlabel="code, most used first", ylabel="share of tokens")
+        axis.set(xscale="log", yscale="log")
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        _save(figure, path)
+
+
+def plot_example(
+    log_mel: Any,
+    mask: Any,
+    target_ids: Any,
+    predicted_ids: Any,
+    padding_mask: Any,
+    path: str | os.PathLike[str],
+) -> None:
+    """Draws one clip as the model sees it: log-mel, what is masked, target and predicted tokens.
+
+    Args:
+        log_mel: [F, 128] float, normalised or not; frames after the last whole patch are left out.
+        mask: [L] bool, True = masked and predicted; token p = 8 t + f is column t, band f.
+        target_ids: [L] int, the acoustic tokens.
+        predicted_ids: [L] int, read where `mask` is True.
+        padding_mask: [L] bool, True = padding: left white.
+        path: the PNG to write; its folder is made.
+
+    Raises:
+        ValueError: the arrays do not describe one clip.
+    """
+    log_mel = np.asarray(log_mel, np.float32)
+    tokens = [np.asarray(a) for a in (mask, target_ids, predicted_ids, padding_mask)]
+    length = tokens[0].size
+    if log_mel.shape[1:] != (NUM_MELS,) or any(a.shape != (length,) for a in tokens):
+        shapes = ", ".join(str(a.shape) for a in tokens)
+        raise ValueError(
+            f"got log_mel {log_mel.shape} and {shapes}; wanted [F, {NUM_MELS}] and four times [L]"
+        )
+    if not length or length % BANDS or length * PATCH_SIZE > len(log_mel) * BANDS:
+        raise ValueError(
+            f"{length} tokens do not lie in {len(log_mel)} frames of log-mel; "
+            f"wanted {BANDS} for every {PATCH_SIZE} frames"
+        )
+    hidden, target, predicted, padding = (a.reshape(-1, BANDS).T for a in tokens)  # [8, T']
+    hidden = hidden.astype(bool) & ~padding.astype(bool)
+    with _style():
+        figure = _draw_example(log_mel, hidden, target, predicted, padding.astype(bool))
+        _save(figure, path)
+
+
+def _draw_example(
+    log_mel: np.ndarray,
+    hidden: np.ndarray,
+    target: np.ndarray,
+    predicted: np.ndarray,
+    padding: np.ndarray,
+) -> Figure:
+    """The four panels; the last four arguments are [8, T'], `hidden` = masked and not padding."""
+    columns = target.shape[1]
+    figure, axes = _figure(4, 1, (8.0, 7.2), sharex=True)
+    seen, masked, targets, predictions = axes
+
+    mels = log_mel[: columns * PATCH_SIZE].T  # [128, 16 T']: mels upwards
+    inside = mels[~_pixels(padding)]
+    low, high = np.percentile(inside, (1, 99)) if inside.size else (0.0, 1.0)
+    mel = dict(cmap="magma", vmin=low, vmax=high)
+    image = _image(seen, mels, ~_pixels(padding), **mel)
+    _image(masked, mels, ~_pixels(padding | hidden), **mel)
+    _background(masked, hidden, MASKED, NUM_MELS)
+    figure.colorbar(image, ax=[seen, masked], label="log-mel", pad=0.01, aspect=30)
+
+    ids = dict(cmap="viridis", vmin=0, vmax=max(target.max(), predicted[hidden].max(initial=1)))
+    image = _image(targets, target, ~padding, **ids)
+    _background(predictions, ~hidden & ~padding, VISIBLE, BANDS)
+    _image(predictions, predicted, hidden, **ids)
+    band, column = np.nonzero(hidden & (predicted == target))
+    seconds = (column + 0.5) * COLUMN_SECONDS
+    predictions.plot(seconds, band + 0.5, "o", ms=3, mfc="white", mec="black", mew=0.6)
+    figure.colorbar(image, ax=[targets, predictions], label="token id", pad=0.01, aspect=30)
+
+    right, total = len(band), int(hidden.sum())
+    share = f", {100 * right / total:.0f} %" if total else ""
+    if padding.any():
+        centre = (np.nonzero(padding)[1].mean() + 0.5) * COLUMN_SECONDS
+        seen.text(centre, NUM_MELS / 2, "padding", ha="center", va="center", color=GREY)
+    seen.set(title="Log-mel spectrogram", ylabel="mel bin")
+    masked.set(title=f"What the encoder sees ({total} patches masked, grey)", ylabel="mel bin")
+    targets.set(title="Target tokens", ylabel="band")
+    predictions.set(
+        title=f"Predicted tokens of masked patches (dots: right, {right} of {total}{share})",
+        ylabel="band",
+        xlabel="time (s)",
+        xlim=(0, columns * COLUMN_SECONDS),
+    )
+    for axis in (seen, masked):
+        axis.set_yticks(range(0, NUM_MELS + 1, 32))
+    for axis in (targets, predictions):
+        axis.set_yticks(np.arange(0, BANDS, 2) + 0.5, [str(b) for b in range(0, BANDS, 2)])
+    return figure
+
+
+def _draw_line(
+    axis: Axes,
+    metrics: Sequence[Mapping[str, float]],
+    name: str,
+    label: str,
+    colour: str,
+    style: str,
+) -> None:
+    """One metric as a line and, where there is any, its `val_` figure as points."""
+    steps, values = _points(metrics, name)
+    if steps.size > 2 * SMOOTHING and name != "lr":  # a schedule has no noise
+        axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        window = np.full(steps.size // SMOOTHING, 1 / (steps.size // SMOOTHING))
+        steps, values = (np.convolve(x, window, "valid") for x in (steps, values))
+    if steps.size:
+        axis.plot(steps, values, style, color=colour, label=label, linewidth=1.3)
+    steps, values = _points(metrics, f"val_{name}")
+    if steps.size:
+        axis.plot(steps, values, "o" if style == "-" else "D", color=colour, mfc="white", ms=4)
+
+
+def _points(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one metric where it was logged and is finite."""
+    points = [(x["step"], x[name]) for x in metrics if np.isfinite(x.get(name, np.nan))]
+    steps, values = np.asarray(points, np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def _pixels(patches: np.ndarray) -> np.ndarray:
+    """[8, T'] per patch -> [128, 16 T'] per pixel."""
+    return patches.repeat(PATCH_SIZE, axis=0).repeat(PATCH_SIZE, axis=1)
+
+
+def _image(axis: Axes, values: np.ndarray, shown: np.ndarray, **kwargs: Any):
+    """`values` [rows, columns] over time in seconds, lowest row below, only where `shown`."""
+    height, width = values.shape
+    seconds = COLUMN_SECONDS * width * (BANDS / height)  # mels and tokens keep the same aspect
+    axis.grid(False)
+    return axis.imshow(
+        np.ma.masked_array(values, ~shown),
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, seconds, 0, height),
+        **kwargs,
+    )
+
+
+def _background(axis: Axes, where: np.ndarray, colour: str, height: int) -> None:
+    """Fills the patches `where` [8, T'] with one colour."""
+    from matplotlib.colors import ListedColormap
+
+    image = _image(axis, np.ones(where.shape), where, cmap=ListedColormap([colour]))
+    image.set_extent((0, COLUMN_SECONDS * where.shape[1], 0, height))
+
+
+def _style():
+    import matplotlib
+
+    return matplotlib.rc_context(STYLE)
+
+
+def _figure(
+    rows: int, columns: int, inches: tuple[float, float], **kwargs: Any
+) -> tuple[Figure, list[Axes]]:
+    # Without pyplot: no backend to choose, no window, and no list that keeps every figure alive.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    return figure, list(axes.flat)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

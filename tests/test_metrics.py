@@ -10,6 +10,7 @@ import pytest
 from beats_jax.metrics import Histogram, Mean, Spread, summarize
 
 CODES = 64
+pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 
 def _batch(seed, size=24):

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import masked_crc32c
 
 from beats_jax.writers import Writer, read_metrics
@@ -47,7 +47,7 @@ def _events(folder):
 
 def test_lines_are_plain_json_and_read_back_exactly(tmp_path):
     writer = Writer(tmp_path / "deep" / "stage")
-    writer.write(np.int64(1), {"loss": np.float32(0.1), "codes_used": jnp.int32(7), "x": 1 / 3})
+    writer.write(1, {"loss": np.float32(0.1), "codes_used": jnp.int32(7), "x": 1 / 3})
     writer.write(2, {"loss": math.nan, "grad_norm": jnp.inf})
     lines = writer.path.read_text().splitlines()  # before close: every line is flushed
     writer.close()

@@ -1,0 +1,155 @@
+"""Checkpoints with Orbax: written in the background, read back to the bit.
+
+A step's folder holds separate items: `params`, `opt_state`, `model_state` and `meta` (JSON: seed,
+examples seen, dataset fingerprint, config), so that inference reads `params` alone. A folder gets
+its final name only when everything in it is written: what a killed process leaves behind is never
+mistaken for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ITEMS = ("params", "opt_state", "model_state")
+
+
+class TrainState(NamedTuple):
+    """All that changes in training. No rng: every key is a function of (seed, step, name)."""
+
+    step: jax.Array  # int32 [], updates done
+    params: Any
+    opt_state: Any
+    model_state: Any  # what gradients do not touch: code counts, an EMA codebook
+
+
+class Checkpoints:
+    """The checkpoints of one stage, `<stage>/checkpoints/<step>/`.
+
+    Args:
+      folder: where the steps' folders lie; made if missing.
+      keep: how many of the newest to keep.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+        )
+        self.folder = Path(folder).absolute()
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, item_names=(*ITEMS, "meta")
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest finished checkpoint's step, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts writing `state`; returns once its arrays are copied from the devices.
+
+        Raises:
+          OSError: this or the save before failed (disk full, say); older checkpoints are intact.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in ITEMS}
+        with _explained(self.folder, step):
+            self._manager.save(
+                step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)), force=True
+            )
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON saved beside the arrays of `step`."""
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["meta"]
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state at `step`, laid out as `like` (ShapeDtypeStructs with shardings) says.
+
+        Raises:
+          ValueError: the checkpoint's arrays have other names or shapes than the config's model.
+        """
+        items = {name: ocp.args.StandardRestore(getattr(like, name)) for name in ITEMS}
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"checkpoint {self.folder}/{step} does not fit this config's model: {error}; "
+                f"use the config it was made with, or another --workdir"
+            ) from error
+        where = like.step.sharding
+        step_array = jax.device_put(np.int32(step), where)
+        return TrainState(step_array, *(restored[name] for name in ITEMS))
+
+    def reached_preemption(self, step: int) -> bool:
+        """True on every process at the same step once one of them got SIGTERM."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Blocks until the save in flight is on disk.
+
+        Raises:
+          OSError: it failed; older checkpoints are intact.
+        """
+        with _explained(self.folder, None):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits for the save in flight and lets the background threads go."""
+        with _explained(self.folder, None):
+            self._manager.close()
+
+
+class _explained:
+    """Turns whatever Orbax and TensorStore raise on a failed write into one OSError."""
+
+    def __init__(self, folder: Path, step: int | None):
+        self._what = f"checkpoint {folder}" + ("" if step is None else f"/{step}")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, Exception):
+            reason = str(error).strip().splitlines() or [kind.__name__]
+            raise OSError(
+                f"{self._what} could not be written: {reason[0][:300]}; older checkpoints are "
+                f"intact: free space or choose another --workdir, then run the same command again"
+            ) from error
+
+
+def load_params(stage_folder: str | Path) -> tuple[Any, dict[str, Any]]:
+    """Reads only the parameters of a stage's checkpoint, as numpy arrays.
+
+    Args:
+      stage_folder: `W/<iteration>/<stage>`, its newest checkpoint, or `W/…/<stage>@STEP`.
+
+    Returns:
+      The parameter tree and the checkpoint's meta, with `step` added.
+
+    Raises:
+      FileNotFoundError: no finished checkpoint there, or not the one asked for.
+    """
+    path, _, wanted = str(stage_folder).partition("@")
+    folder = Path(path).absolute() / "checkpoints"
+    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+    if not steps or (wanted and wanted not in map(str, steps)):
+        raise FileNotFoundError(
+            f"no checkpoint {wanted} in {folder} (found: {steps}); give a stage folder such as "
+            f"W/iter1/pretrain"
+        )
+    step = int(wanted) if wanted else steps[-1]
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(folder / str(step) / "params").item_metadata
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree.tree)
+        params = reader.restore(folder / str(step) / "params", restore_args=as_numpy)
+    meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())
+    return params, {**meta, "step": step}

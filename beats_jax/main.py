@@ -1,0 +1,99 @@
+"""`python -m beats_jax.main --config=configs/iter1.py --workdir=W`: runs a config's stages in order.
+
+Interrupted or killed, the same command goes on where it was. Flags override the config:
+`--config.pretrain.steps=40`. Exit codes: 0 done, 2 wrong usage, input or a failed write, 130/143
+stopped by SIGINT/SIGTERM with everything saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+EXAMPLE = "python -m beats_jax.main --config=configs/smoke.py --workdir=/tmp/smoke"
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A config file: configs/smoke.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and plots go.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, on every host.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes take part.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "An error shows its traceback, not one line.")
+
+log = logging.getLogger("beats_jax")
+
+
+def main(_: list[str]) -> None:
+    """Sets up JAX as the config asks and runs its stages."""
+    # Orbax logs every step, and on an error what our own line says too; TensorFlow its start.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    config = _CONFIG.value
+    if config is None or not _WORKDIR.value:
+        raise ValueError(f"--config=FILE and --workdir=FOLDER are both needed, as in: {EXAMPLE}")
+    if config.deterministic:  # before JAX makes its backend
+        os.environ["XLA_FLAGS"] = (
+            os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+        )
+    import jax
+
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", config.compilation_cache)
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if _COORDINATOR.value:
+        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+
+    from beats_jax import train
+
+    for name in config.stages:
+        train.run_stage(config, name, _WORKDIR.value)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags; a config that is not here but came with the package is found there."""
+    packaged = Path(__file__).parent / "configs"
+
+    def resolve(arg: str) -> str:
+        flag, _, path = arg.partition("=")
+        if flag.lstrip("-") == "config" and path and not Path(path).exists():
+            inside = packaged / Path(path).with_suffix(".py").name
+            if not inside.exists():
+                known = sorted(p.stem for p in packaged.glob("[a-z]*.py"))
+                raise ValueError(f"no config {path}; packaged ones: {', '.join(known)}")
+            return f"{flag}={inside}"
+        return arg
+
+    try:
+        return flags.FLAGS([resolve(arg) for arg in argv])
+    except (AttributeError, KeyError, TypeError) as error:  # ml_collections, on a wrong field
+        raise ValueError(f"wrong flag: {error}") from error
+
+
+def run() -> None:
+    """`main`, with whatever a user can cause told in one line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        app.run(main, flags_parser=_parse)
+    except Exception as error:
+        if type(error).__name__ == "Interrupted":  # by name: its module imports JAX
+            log.warning("%s", error)
+            sys.exit(128 + error.signal_number)
+        told = isinstance(error, (ValueError, OSError, FloatingPointError, flags.Error))
+        if not told or _TRACEBACK.present and _TRACEBACK.value:
+            raise
+        message = " ".join(str(error).split())
+        print(f"beats_jax: {message} (--traceback shows where)", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

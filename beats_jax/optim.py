@@ -1,0 +1,76 @@
+"""AdamW with warm-up and decay (optax), as BEATs trains: betas 0.9/0.98, weight decay 0.01.
+
+Two deviations from the fairseq habits the paper inherits, both on purpose (method.md (b) 16, 17):
+weight decay skips everything that is not a weight matrix, and Adam's eps is 1e-8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+
+def learning_rate(section: Any) -> optax.Schedule:
+    """Linear warm-up from 0 to `lr`, then `schedule`: "linear" to 0 (the paper) or "cosine".
+
+    The first update uses lr / warmup_steps, the last one before `steps` a rate just above 0.
+
+    Args:
+      section: a stage's config: `steps`, `lr`, `warmup_steps`, `schedule`.
+
+    Raises:
+      ValueError: an unknown schedule, or a warm-up as long as the run.
+    """
+    steps, warmup, peak = section.steps, section.warmup_steps, section.lr
+    if warmup >= steps:
+        raise ValueError(
+            f"warmup_steps {warmup} leaves no training in steps {steps}; "
+            f"set --config.<stage>.warmup_steps={max(steps // 10, 0)}"
+        )
+    if section.schedule not in ("linear", "cosine"):
+        raise ValueError(f'schedule "{section.schedule}" is unknown; use "linear" or "cosine"')
+    # Schedules count from 0; shifting by one makes the first update non-zero.
+    if section.schedule == "linear":
+        decay = optax.linear_schedule(peak, 0.0, steps - warmup)
+    else:
+        decay = optax.cosine_decay_schedule(peak, steps - warmup)
+    if not warmup:
+        return decay
+    ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([ramp, decay], [warmup])
+
+
+def decays(params: Any) -> Any:
+    """True for the leaves that weight decay applies to: matrices and the convolution's weights.
+
+    Norms, biases, the relative-position table, gates (`grep_a`), mask tokens and weight norm's
+    gains are left alone.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in ("kernel", "weight_v"), params
+    )
+
+
+def make_optimizer(section: Any) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Clipping by the global norm, then AdamW.
+
+    Args:
+      section: a stage's config: those of `learning_rate`, and `b1`, `b2`, `eps`, `weight_decay`,
+        `clip_norm` (0 = no clipping).
+
+    Returns:
+      The optax transformation and the schedule it follows (to be logged).
+    """
+    schedule = learning_rate(section)
+    adamw = optax.adamw(
+        schedule,
+        b1=section.b1,
+        b2=section.b2,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        mask=decays,
+    )
+    clip = optax.clip_by_global_norm(section.clip_norm) if section.clip_norm else optax.identity()
+    return optax.chain(clip, adamw), schedule

@@ -1,0 +1,94 @@
+"""A training stage is a handful of pure functions; the one loop in `train.py` does the rest.
+
+A stage knows nothing of files, flags, optimizers or meshes. `params` is what gradients change,
+`model_state` what they do not (code counts, an EMA codebook), `frozen` what comes from an earlier
+stage (a teacher, a tokenizer) and is an argument of the compiled step: swapping one frozen input
+for another of its kind compiles nothing.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+import jax.numpy as jnp
+
+from beats_jax.fbank import fbank, patchify
+from beats_jax.models.beats import PRESETS
+
+Tree = Any
+Batch = Mapping[str, jax.Array]
+Metrics = Mapping[str, Any]  # name -> metrics.Mean | Histogram | Spread: they add
+
+
+class Stage(NamedTuple):
+    """What the loop needs to know of a stage.
+
+    `loss_sum`, `weight`, `stats` and `metrics` are sums over the batch's examples: the loop adds
+    them over micro-batches and divides once, so that n micro-batches are one big batch.
+    """
+
+    # (rng, batch) -> params, model_state
+    init: Callable
+    # (params, model_state, frozen, batches, rng) -> model_state, report; once, before step 1
+    calibrate: Callable | None
+    # (params, model_state, frozen, batch, rng) -> loss_sum, weight, (stats, metrics)
+    loss_fn: Callable
+    # (model_state, stats) -> model_state
+    update_fn: Callable
+    # (params, model_state, frozen, batch) -> metrics, outputs ("nll" and "valid" are [B, L])
+    eval_fn: Callable
+    # (floats by name) -> None, or what is unhealthy and what to change
+    warn: Callable
+    # analytic cost of one training step
+    flops_per_clip: float
+
+
+def named_key(rng: jax.Array, name: str) -> jax.Array:
+    """An independent key for each use, by name: the same on every machine and in every run."""
+    return jax.random.fold_in(rng, zlib.crc32(name.encode()))
+
+
+def example_noise(rng: jax.Array, counters: jax.Array, length: int) -> jax.Array:
+    """Uniform noise that belongs to the example, not to its place in the batch.
+
+    Args:
+      rng: the step's key.
+      counters: uint32 [B], each example's counter.
+      length: numbers per example.
+
+    Returns:
+      [B, length] float32 in [0, 1).
+    """
+    keys = jax.vmap(lambda c: jax.random.fold_in(rng, c))(counters)
+    return jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
+
+
+def batch_patches(batch: Batch, mean: float, std: float) -> jax.Array:
+    """The batch's log-mel patches [B, L, 256]: the host's if it made them, else computed here."""
+    if "patches" in batch:
+        return batch["patches"]
+    return patchify(fbank(batch["waveform"], mean=mean, std=std))
+
+
+def model_arguments(config: Any) -> dict[str, Any]:
+    """The arguments of `BEATs`: the config's preset, its other `model` fields, and the dtype.
+
+    `config.precision` "auto" computes in bfloat16 on accelerators and in float32 on a CPU.
+
+    Raises:
+      ValueError: unknown preset or precision.
+    """
+    given = dict(config.model)
+    preset = given.pop("preset")
+    if preset not in PRESETS:
+        raise ValueError(f'model.preset "{preset}" is unknown; use one of {", ".join(PRESETS)}')
+    precisions = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    precisions["auto"] = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if config.precision not in precisions:
+        raise ValueError(f'precision "{config.precision}" is unknown; use {", ".join(precisions)}')
+    dtype = precisions[config.precision]
+    return {**PRESETS[preset], **given, "dtype": dtype, "remat": config.remat}

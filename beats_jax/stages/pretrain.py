@@ -1,0 +1,264 @@
+"""Masked pre-training (paper, section 3.3): predict the acoustic tokens of hidden patches.
+
+Three quarters of a clip's patches are hidden; the encoder sees the others, at their true
+positions, and a shallow predictor guesses every hidden patch's token. The tokenizer is frozen and
+comes in as an argument, or its ids come in the batch ("token_ids").
+
+What a healthy run looks like: `loss` falls below `unigram_loss` (what guessing from each band's
+token counts would cost) within a few hundred steps and `masked_accuracy` leaves
+`unigram_accuracy` behind. Staying at the unigram means a collapse: `warn` says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from beats_jax.fbank import BANDS, SAMPLE_RATE, num_tokens
+from beats_jax.flops import encoder_flops, predictor_flops
+from beats_jax.losses import cross_entropy
+from beats_jax.masking import random_masking
+from beats_jax.metrics import Histogram, Mean, Spread, summarize
+from beats_jax.models.beats import BEATs, Predictor, token_padding_mask
+from beats_jax.models.tokenizer import init_random_projection, random_projection_ids
+from beats_jax.stages import Stage, batch_patches, example_noise, model_arguments, named_key
+
+COUNT_DECAY = 0.999  # of the running code counts: about the last 1000 batches
+LOW_PERPLEXITY = 50.0  # method.md (b) 6: below this most patches share a few dozen codes
+
+
+def band_counts(token_ids: jax.Array, where: jax.Array, num_codes: int) -> jax.Array:
+    """How often each code occurs in each mel band.
+
+    Args:
+      token_ids: int32 [B, L], time-major: the band of token p is p % 8.
+      where: bool [B, L], which tokens count.
+      num_codes: size of the codebook, K.
+
+    Returns:
+      float32 [8, K].
+    """
+    band = jnp.arange(token_ids.shape[1]) % BANDS
+    flat = (band * num_codes + token_ids).reshape(-1)
+    counts = jnp.zeros(BANDS * num_codes, jnp.float32)
+    counts = counts.at[flat].add(where.reshape(-1).astype(jnp.float32))
+    return counts.reshape(BANDS, num_codes)
+
+
+def unigram(counts: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What guessing from each band's token counts scores on every token.
+
+    Args:
+      counts: [8, K] of the training data so far.
+      token_ids: int32 [B, L].
+
+    Returns:
+      The cross-entropy in nats (add-one smoothed), float32 [B, L], and whether the band's most
+      frequent code is right, bool [B, L].
+    """
+    band = jnp.arange(token_ids.shape[1]) % BANDS
+    log_probs = jnp.log((counts + 1) / jnp.sum(counts + 1, axis=-1, keepdims=True))
+    loss = -log_probs[band, token_ids]
+    return loss, jnp.argmax(counts, axis=-1)[band] == token_ids
+
+
+def make(
+    encoder: BEATs,
+    predictor: Predictor,
+    tokenizer_options: dict[str, Any],
+    *,
+    mean: float,
+    std: float,
+    keep: float = 0.25,
+    positions: str = "true",
+    label_smoothing: float = 0.0,
+    flops_per_clip: float = 0.0,
+) -> Stage:
+    """Masked pre-training as a `Stage`.
+
+    Args:
+      encoder: the model to train.
+      predictor: turns the encoder's visible outputs into a token distribution at every place.
+      tokenizer_options: static arguments of `random_projection_ids`; `frozen["tokenizer"]` holds
+        its arrays.
+      mean, std: the log-mel's normalisation.
+      keep: share of patches the encoder sees (paper: 0.25).
+      positions: "true", or "compact" to close the gaps as ESPnet does.
+      label_smoothing: of the cross-entropy.
+      flops_per_clip: analytic cost of one training step per clip, for MFU.
+
+    Raises:
+      ValueError: unknown `positions`.
+    """
+    if positions not in ("true", "compact"):
+        raise ValueError(f'positions "{positions}" is unknown; use "true" or "compact"')
+    num_codes = predictor.num_classes
+
+    def inputs(frozen, batch):
+        patches = batch_patches(batch, mean, std)
+        padding_mask = token_padding_mask(batch["num_samples"], patches.shape[1])
+        if "token_ids" in batch:
+            return patches, padding_mask, batch["token_ids"]
+        ids = random_projection_ids(frozen["tokenizer"], patches, **tokenizer_options)
+        return patches, padding_mask, ids
+
+    def forward(params, patches, padding_mask, noise, rngs=None):
+        visible, hidden = random_masking(noise, padding_mask, keep)
+        kwargs = dict(deterministic=rngs is None, rngs=rngs)
+        features = encoder.apply(
+            {"params": params["encoder"]},
+            patches,
+            padding_mask,
+            visible=visible,
+            compact=positions == "compact",
+            **kwargs,
+        )
+        logits = predictor.apply(
+            {"params": params["predictor"]},
+            features,
+            visible,
+            patches.shape[1],
+            padding_mask,
+            **kwargs,
+        )
+        return features, visible, hidden, logits
+
+    def measure(model_state, token_ids, padding_mask, features, visible, hidden, logits):
+        nll = cross_entropy(logits, token_ids, label_smoothing)
+        predicted = jnp.argmax(logits, axis=-1)
+        guess_loss, guess_right = unigram(model_state["band_counts"], token_ids)
+        counts = band_counts(token_ids, ~padding_mask, num_codes)
+        metrics = {
+            "loss": Mean.of(nll, hidden),
+            "masked_accuracy": Mean.of(predicted == token_ids, hidden),
+            "unigram_loss": Mean.of(guess_loss, hidden),
+            "unigram_accuracy": Mean.of(guess_right, hidden),
+            "code": Histogram(jnp.sum(counts, axis=0)),
+            "predicted_code": Histogram.of(predicted, num_codes, hidden),
+            "feature_std": _spread(features, visible.valid),
+        }
+        outputs = {"nll": nll, "valid": hidden, "predicted_ids": predicted}
+        return *metrics["loss"], ({"band_counts": counts}, metrics), outputs
+
+    def init(rng, batch):
+        patches = batch_patches(batch, mean, std)
+        padding_mask = token_padding_mask(batch["num_samples"], patches.shape[1])
+        noise = example_noise(rng, batch["counter"], patches.shape[1])
+        visible, _ = random_masking(noise, padding_mask, keep)
+        features, encoder_params = encoder.init_with_output(
+            named_key(rng, "encoder"), patches, padding_mask, visible=visible
+        )
+        predictor_params = predictor.init(
+            named_key(rng, "predictor"), features, visible, patches.shape[1], padding_mask
+        )
+        params = {"encoder": encoder_params["params"], "predictor": predictor_params["params"]}
+        return params, {"band_counts": jnp.zeros((BANDS, num_codes), jnp.float32)}
+
+    @jax.jit
+    def count_codes(frozen, batch):
+        _, padding_mask, token_ids = inputs(frozen, batch)
+        return band_counts(token_ids, ~padding_mask, num_codes)
+
+    def calibrate(params, model_state, frozen, batches, rng):
+        del params, rng
+        counts = model_state["band_counts"]
+        for batch in batches:
+            counts = counts + count_codes(frozen, batch)
+        per_code = jnp.sum(counts, axis=0)
+        report = summarize({"code": Histogram(per_code)})
+        report["most_used_code"] = float(jnp.max(per_code) / jnp.sum(per_code))
+        return {"band_counts": counts}, report
+
+    def loss_fn(params, model_state, frozen, batch, rng):
+        patches, padding_mask, token_ids = inputs(frozen, batch)
+        noise = example_noise(named_key(rng, "mask"), batch["counter"], patches.shape[1])
+        # The first example's counter tells micro-batches of one step apart.
+        dropout = jax.random.fold_in(named_key(rng, "dropout"), batch["counter"][0])
+        rngs = {"dropout": dropout, "layerdrop": named_key(rng, "layerdrop")}
+        out = forward(params, patches, padding_mask, noise, rngs)
+        return measure(model_state, token_ids, padding_mask, *out)[:3]
+
+    def update_fn(model_state, stats):
+        counts = COUNT_DECAY * model_state["band_counts"] + stats["band_counts"]
+        return {"band_counts": counts}
+
+    def eval_fn(params, model_state, frozen, batch):
+        patches, padding_mask, token_ids = inputs(frozen, batch)
+        # One fixed mask a clip, so that evaluations at different steps compare.
+        noise = example_noise(jax.random.key(0), batch["counter"], patches.shape[1])
+        features, visible, hidden, logits = forward(params, patches, padding_mask, noise)
+        *_, (_, metrics), outputs = measure(
+            model_state, token_ids, padding_mask, features, visible, hidden, logits
+        )
+        outputs |= {"patches": patches, "token_ids": token_ids, "padding_mask": padding_mask}
+        return metrics, outputs
+
+    return Stage(init, calibrate, loss_fn, update_fn, eval_fn, warn, flops_per_clip)
+
+
+def _spread(features: jax.Array, valid: jax.Array) -> Spread:
+    """Spread over clips of the mean visible feature: near 0 when all clips look alike."""
+    count = jnp.sum(valid, axis=1)
+    summed = jnp.sum(features.astype(jnp.float32) * valid[..., None], axis=1)
+    return Spread.of(summed / jnp.maximum(count, 1)[:, None], count > 0)
+
+
+def warn(metrics: dict[str, float]) -> str | None:
+    """What is unhealthy in a report of `calibrate` or in one step's metrics, and what to change."""
+    if metrics["code_perplexity"] < LOW_PERPLEXITY:
+        return (
+            f"the tokens use only {metrics['code_perplexity']:.0f} codes' worth of the codebook "
+            "(perplexity): loudness probably decides them; lower "
+            "--config.tokenizer.loudness_weight, or check --config.data.mean and .std "
+            "(`beats-jax stats`)"
+        )
+    if "masked_accuracy" in metrics and (
+        metrics["masked_accuracy"] < 1.2 * metrics["unigram_accuracy"]
+        or metrics["feature_std"] < 0.05
+    ):
+        return (
+            f"looks collapsed: masked accuracy {metrics['masked_accuracy']:.3f} against the "
+            f"per-band unigram's {metrics['unigram_accuracy']:.3f}, feature_std "
+            f"{metrics['feature_std']:.3f}; normal in the first few hundred steps, later lower "
+            "--config.pretrain.lr, lengthen its warmup_steps or take "
+            '--config.model.bias_init="local"'
+        )
+    return None
+
+
+def from_config(config: Any) -> tuple[Stage, dict[str, Any]]:
+    """The stage of a config, and what is frozen in it: the tokenizer's arrays.
+
+    Raises:
+      ValueError: an unknown preset, tokenizer mode or option.
+    """
+    section, tok = config.pretrain, config.tokenizer
+    model = BEATs(**model_arguments(config))
+    predictor = Predictor(
+        **model.settings()
+        | dict(
+            num_layers=section.predictor_layers,
+            num_classes=tok.codebook_size,
+            mask_token=section.mask_token,
+        )
+    )
+    frozen = init_random_projection(
+        tok.seed, codebook_size=tok.codebook_size, dim=tok.dim, pool=tok.pool, mode=tok.mode
+    )
+    tokens = num_tokens(round(config.data.clip_seconds * SAMPLE_RATE))
+    visible = round(section.visible * tokens)
+    forward = encoder_flops(model, tokens, visible) + predictor_flops(predictor, tokens, visible)
+    stage = make(
+        model,
+        predictor,
+        dict(mode=tok.mode, loudness_weight=tok.loudness_weight),
+        mean=config.data.mean,
+        std=config.data.std,
+        keep=section.visible,
+        positions=section.positions,
+        label_smoothing=section.label_smoothing,
+        flops_per_clip=3 * forward,
+    )
+    return stage, {"tokenizer": frozen}

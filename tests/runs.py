@@ -1,0 +1,106 @@
+"""Small runs of the real loop, for the tests that need one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from beats_jax.writers import read_metrics
+
+ROOT = Path(__file__).parents[1]
+TIMING = {"clips_per_s", "audio_hours_per_hour", "input_wait", "mfu"}
+
+# A run of seconds: `smoke`'s model on few, short clips, looked at and saved often.
+TINY = {
+    "data.num_clips": 40,
+    "data.clip_seconds": 1.0,
+    "pretrain.steps": 8,
+    "pretrain.batch_size": 8,
+    "pretrain.warmup_steps": 2,
+    "pretrain.calibration_batches": 2,
+    "pretrain.save_every": 2,
+    "pretrain.log_every": 1,
+    "pretrain.eval_every": 4,
+    "pretrain.keep": 10,
+}
+
+
+def load_config(name: str) -> ConfigDict:
+    """`configs/<name>.py` as the command line would load it."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def tiny_config(**overrides) -> ConfigDict:
+    """`smoke`, made small; override fields by `a__b=value`."""
+    config = load_config("smoke")
+    changes = TINY | {name.replace("__", "."): value for name, value in overrides.items()}
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def tiny_flags(workdir: Path, config: str = "configs/smoke.py", **overrides) -> list[str]:
+    """The command line of the same run."""
+    changes = TINY | {name.replace("__", "."): value for name, value in overrides.items()}
+    return [
+        *(sys.executable, "-m", "beats_jax.main", f"--config={config}", f"--workdir={workdir}"),
+        *(f"--config.{name}={value}" for name, value in changes.items()),
+    ]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """For child processes: CPU, `devices` of them, the tests' compilation cache."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def run(command: list[str], devices: int = 1, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Runs to the end, with the output captured."""
+    return subprocess.run(
+        command, env=environment(devices), cwd=ROOT, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL, timeout=300, **kwargs,
+    )  # fmt: skip
+
+
+def stop_after(command: list[str], metrics: Path, step: int, with_signal: signal.Signals) -> int:
+    """Starts a run, sends it a signal once it has logged `step`, returns its exit code."""
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and any(m["step"] >= step for m in read_metrics(metrics)):
+            process.send_signal(with_signal)
+            break
+        time.sleep(0.005)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode is not None, stderr
+    return process.returncode
+
+
+def without_timing(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl, less what depends on the machine's speed."""
+    return [
+        {k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(folder)
+    ]
+
+
+def assert_trees_equal(a, b) -> None:
+    """Bit for bit, leaf by leaf."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))

@@ -1,0 +1,80 @@
+"""Resume is exact: a run stopped at any moment ends with the bits of one that was not."""
+
+import signal
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from runs import assert_trees_equal, run, stop_after, tiny_flags, without_timing
+
+
+def final_state(workdir, step=8):
+    """Every array of a checkpoint, by item."""
+    folder = workdir / "iter1" / "pretrain" / "checkpoints" / str(step)
+    with ocp.PyTreeCheckpointer() as reader:
+        state = {}
+        for item in ("params", "opt_state", "model_state"):
+            tree = reader.metadata(folder / item).item_metadata.tree
+            as_numpy = _map(tree, lambda _: ocp.RestoreArgs(restore_type=np.ndarray))
+            state[item] = reader.restore(folder / item, restore_args=as_numpy)
+        return state
+
+
+def _map(tree, f):
+    import jax
+
+    return jax.tree.map(f, tree)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """One run of 8 steps from the default (tf) input, never stopped."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    done = run(tiny_flags(workdir))
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.mark.parametrize("moment", [1, 3, 6])
+def test_kill_9_then_the_same_command_ends_bit_equal(undisturbed, tmp_path, moment):
+    log = tmp_path / "iter1" / "pretrain" / "metrics.jsonl"
+    code = stop_after(tiny_flags(tmp_path), log, moment, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    done = run(tiny_flags(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert_trees_equal(final_state(undisturbed), final_state(tmp_path))
+    assert without_timing(log.parent) == without_timing(undisturbed / "iter1" / "pretrain")
+
+
+def test_sigterm_saves_the_step_it_stopped_at(undisturbed, tmp_path):
+    stage = tmp_path / "iter1" / "pretrain"
+    # save_every beyond the end: only the signal can have made a checkpoint.
+    flags = tiny_flags(tmp_path, pretrain__save_every=100)
+    code = stop_after(flags, stage / "metrics.jsonl", 3, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
+    saved = sorted(int(p.name) for p in (stage / "checkpoints").iterdir() if p.name.isdigit())
+    assert saved[0] == 0 and len(saved) == 2 and 3 <= saved[1] < 8
+    done = run(flags)
+    assert done.returncode == 0, done.stderr
+    assert_trees_equal(final_state(undisturbed), final_state(tmp_path))
+    assert without_timing(stage) == without_timing(undisturbed / "iter1" / "pretrain")
+
+
+def test_the_numpy_input_trains_to_the_same_state(undisturbed, tmp_path):
+    """int16 batches are bit-equal; log-mel on the host in TF or NumPy differs in rounding only."""
+    flags = tiny_flags(tmp_path, input__backend="numpy")
+    done = run(flags)
+    assert done.returncode == 0, done.stderr
+    ours = without_timing(tmp_path / "iter1" / "pretrain")
+    theirs = without_timing(undisturbed / "iter1" / "pretrain")
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        if a["step"]:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+def test_another_seed_or_dataset_is_refused(undisturbed):
+    for change in ({"seed": 1}, {"data__num_clips": 41}, {"pretrain__batch_size": 16}):
+        done = run(tiny_flags(undisturbed, **change))
+        assert done.returncode == 2
+        assert "order of the data would change" in done.stderr.splitlines()[-1]

@@ -1,0 +1,133 @@
+"""Design section 6: what must hold when the same run lies on another mesh or on more processes."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from runs import run, tiny_config, tiny_flags
+from test_train import build
+
+from beats_jax import sharding, train
+from beats_jax.writers import read_metrics
+
+MESHES = [
+    (2, dict(data=2, fsdp=1, tensor=1)),
+    (4, dict(data=1, fsdp=4, tensor=1)),
+    (8, dict(data=8, fsdp=1, tensor=1)),
+    (8, dict(data=2, fsdp=2, tensor=2)),
+]
+
+
+def sharded_config(**mesh):
+    config = tiny_config(input__backend="numpy", model__dropout=0.1)
+    config.mesh.update(mesh)
+    return config
+
+
+def one_step(config, devices):
+    stage, frozen, data, state, step = build(config, devices)
+    start = jax.device_get(state)
+    batch = next(data.training(0))
+    rng = jax.random.fold_in(jax.random.key(config.seed), 0)
+
+    @jax.jit
+    def gradients(params, model_state, frozen, batch):
+        def loss_fn(params):
+            loss, weight, aux = stage.loss_fn(params, model_state, frozen, batch, rng)
+            return loss / weight, aux
+
+        return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+    _, outputs = jax.jit(stage.eval_fn)(state.params, state.model_state, frozen, batch)
+    (loss, (stats, _)), grads = gradients(state.params, state.model_state, frozen, batch)
+    host = jax.device_get((start, loss, grads, stats, outputs, dict(batch)))
+    losses = []
+    feed = data.training(0)
+    for _ in range(20):
+        state, sums = step(state, frozen, next(feed))
+        losses.append(train._floats(sums)["loss"])
+    return host, losses
+
+
+@functools.cache
+def reference():
+    return one_step(sharded_config(), 1)
+
+
+@pytest.mark.parametrize(("devices", "mesh"), MESHES)
+def test_another_mesh_trains_the_same(devices, mesh):
+    (start, loss, grads, stats, outputs, batch), losses = one_step(sharded_config(**mesh), devices)
+    (start_1, loss_1, grads_1, stats_1, outputs_1, batch_1), losses_1 = reference()
+    jax.tree.map(np.testing.assert_array_equal, start, start_1)
+    jax.tree.map(np.testing.assert_array_equal, batch, batch_1)  # ids and crops
+    np.testing.assert_array_equal(outputs["valid"], outputs_1["valid"])  # masks
+    jax.tree.map(np.testing.assert_array_equal, stats, stats_1)
+    assert loss == pytest.approx(loss_1, rel=1e-5)  # with dropout: its bits are equal too
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(grads_1), strict=True
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        # A key's bias shifts all scores of a query alike: softmax makes its gradient zero.
+        scale = 1e-3 if name.endswith("k_proj/bias") else np.max(np.abs(b))
+        np.testing.assert_allclose(a / scale, b / scale, atol=1e-4, err_msg=name)
+    assert losses[-1] == pytest.approx(losses_1[-1], rel=1e-3)
+
+
+def test_parameters_lie_as_the_table_says():
+    *_, state, _ = build(sharded_config(data=2, fsdp=2, tensor=2), 8)
+    layer = state.params["encoder"]["encoder"]["layers_0"]
+    assert layer["fc1"]["kernel"].sharding.spec == P("fsdp", "tensor")
+    assert layer["fc2"]["kernel"].sharding.spec == P("tensor", "fsdp")
+    assert layer["final_layer_norm"]["scale"].sharding.spec == P()
+    moments = state.opt_state[1][0].mu["encoder"]["encoder"]["layers_0"]
+    assert moments["fc1"]["kernel"].sharding.spec == P("fsdp", "tensor")
+
+
+def test_wrong_sizes_say_what_to_set():
+    with pytest.raises(ValueError, match=r"data=3 .* does not fit 8 devices; set one of --config"):
+        sharding.make_mesh(3, 1, 1)
+    mesh = sharding.make_mesh()
+    with pytest.raises(ValueError, match=r"20 does not divide over 8.*--config.pretrain.batch_size=16"):
+        sharding.check_batch_size(20, 1, mesh, "pretrain")
+    with pytest.raises(ValueError, match=r"× 3 micro-batches; set --config.pretrain.batch_size=24"):
+        sharding.check_batch_size(32, 3, mesh, "pretrain")
+
+
+def test_rows_of_the_global_batch():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    assert sharding.local_rows(8, mesh) == slice(0, 8)
+    rows = np.arange(24, dtype=np.int32).reshape(8, 3)
+    array = sharding.global_batch({"x": rows}, 8, mesh)["x"]
+    np.testing.assert_array_equal(array, rows)
+    assert {shard.data.shape for shard in array.addressable_shards} == {(2, 3)}
+
+
+def test_two_processes_train_as_one(tmp_path):
+    import socket
+    import subprocess
+
+    from runs import ROOT, environment
+
+    done = run(tiny_flags(tmp_path / "one"), devices=2)
+    assert done.returncode == 0, done.stderr
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [*tiny_flags(tmp_path / "two"), f"--coordinator=127.0.0.1:{port}",
+             "--num_processes=2", f"--process_id={i}"],
+            env=environment(1), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    one, two = (read_metrics(tmp_path / n / "iter1" / "pretrain") for n in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert one[0]["code_perplexity"] == two[0]["code_perplexity"]  # the same clips were read
+    assert one[1]["loss"] == pytest.approx(two[1]["loss"], rel=1e-5)
+    assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], rel=1e-3)

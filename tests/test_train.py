@@ -1,0 +1,187 @@
+"""The loop: every stage learns, compiles once, adds micro-batches exactly and stops on a bad loss."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import assert_trees_equal, load_config, tiny_config
+
+from beats_jax import optim, sharding, train
+from beats_jax.checkpoint import load_params
+from beats_jax.models.tokenizer import init_random_projection
+from beats_jax.writers import read_metrics
+
+CONFIGS = ("smoke", "iter1", "local_esc50")
+
+
+def build(config, devices=1):
+    """Everything `run_stage` makes before its loop, on the first `devices` devices."""
+    section = config.pretrain
+    mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[:devices])
+    stage, frozen = train.STAGES["pretrain"](config)
+    frozen = jax.device_put(frozen, sharding.replicated(mesh))
+    data = train.Data.open(config, section.batch_size, mesh, "unused")
+    tx, schedule = optim.make_optimizer(section)
+    init = train.state_maker(stage, tx, config.seed, data.calibration())
+    like = train.abstract_state(init, mesh)
+    state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
+    step = train.make_train_step(
+        stage, tx, schedule, config.seed, section.micro_batches, like, mesh
+    )
+    return stage, frozen, data, state, step
+
+
+def test_loss_falls_on_one_repeated_batch():
+    config = tiny_config(input__backend="numpy", pretrain__steps=40, pretrain__lr=3e-3)
+    _, frozen, data, state, step = build(config)
+    batch = next(data.training(0))
+    losses = []
+    for _ in range(40):
+        state, sums = step(state, frozen, batch)
+        losses.append(train._floats(sums)["loss"])
+    assert losses[0] > 6.5  # ln 1024 = 6.93: it starts by guessing
+    assert losses[-1] < losses[0] - 1.5
+
+
+def test_two_tokenizers_one_compilation():
+    config = tiny_config(input__backend="numpy")
+    _, frozen, data, state, step = build(config)
+    other = {"tokenizer": init_random_projection(7, 1024, dim=16, pool=4, mode="bestrq")}
+    other = jax.device_put(other, jax.tree.map(lambda x: x.sharding, frozen))
+    batches = data.training(0)
+    state, first = step(state, frozen, next(batches))
+    state, second = step(state, other, next(batches))
+    assert step._cache_size() == 1
+    codes = [np.asarray(s["metrics"]["code"].counts) for s in (first, second)]
+    assert np.any(codes[0] != codes[1])
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_micro_batches_add_up_to_the_big_batch(micro_batches):
+    results = []
+    for n in (1, micro_batches):
+        config = tiny_config(input__backend="numpy", pretrain__micro_batches=n)
+        _, frozen, data, state, step = build(config)
+        state, sums = step(state, frozen, next(data.training(0)))
+        results.append((state, train._floats(sums)))
+    (big, one), (small, many) = results
+    assert one.keys() == many.keys()
+    for name in one:
+        assert one[name] == pytest.approx(many[name], rel=1e-5), name
+    assert_trees_equal(big.model_state, small.model_state)
+    for a, b in zip(jax.tree.leaves(big.opt_state), jax.tree.leaves(small.opt_state), strict=True):
+        scale = np.max(np.abs(a)) or 1.0
+        np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, atol=1e-5)
+
+
+def test_a_bad_clip_stops_the_run_by_name_and_the_state_stays_good():
+    config = tiny_config(input__backend="numpy")
+    stage, frozen, data, state, step = build(config)
+    batch = dict(next(data.training(0)))
+    patches = np.array(batch["patches"])
+    patches[3, 17] = np.nan
+    batch["patches"] = jax.device_put(patches, batch["patches"].sharding)
+    before = jax.device_get(state)
+    after, sums = step(state, frozen, batch)
+    assert not sums["finite"]
+    assert_trees_equal(before, jax.device_get(after))
+    message = train._blame(
+        1, batch, sums, jax.jit(stage.eval_fn), after, frozen, data.train_clips
+    )
+    index = int(batch["index"][3])
+    assert f"loss of their own: {data.train_clips.ids[index]};" in message
+
+
+def test_a_diverging_run_keeps_its_last_good_checkpoint(tmp_path):
+    config = tiny_config(
+        input__backend="numpy", pretrain__lr=1e30, pretrain__clip_norm=0.0, pretrain__save_every=1
+    )
+    with pytest.raises(FloatingPointError, match=r"loss nan at step \d.*the newest checkpoint is"):
+        train.run_stage(config, "pretrain", tmp_path)
+    params, _ = load_params(tmp_path / "iter1" / "pretrain")
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(params))
+
+
+def test_a_run_leaves_its_records(tmp_path):
+    config = tiny_config(input__backend="numpy", pretrain__steps=4)
+    train.run_stage(config, "pretrain", tmp_path)
+    folder = tmp_path / "iter1" / "pretrain"
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[0]["code_perplexity"] > 10  # calibration, before step 1
+    wanted = "loss lr grad_norm clips_per_s masked_accuracy unigram_loss unigram_accuracy"
+    wanted = {*wanted.split(), "code_perplexity", "feature_std", "predicted_codes_used"}
+    assert wanted <= lines[1].keys()
+    assert {"val_loss", "val_unigram_loss", "val_masked_accuracy"} <= lines[4].keys()
+    record = json.loads((folder / "config.json").read_text())
+    assert record["config"]["pretrain"]["steps"] == 4
+    assert record["dataset_fingerprint"] and record["versions"]["jax"] == jax.__version__
+    assert (folder / "plots" / "curves.png").stat().st_size > 10_000
+    assert (folder / "plots" / "example_0000004.png").stat().st_size > 10_000
+    assert list(folder.glob("events*"))
+
+
+def test_init_from_takes_the_weights_and_resume_the_whole_state(tmp_path):
+    small = dict(input__backend="numpy", pretrain__steps=2, pretrain__warmup_steps=1)
+    train.run_stage(tiny_config(**small), "pretrain", tmp_path / "a")
+    source = str(tmp_path / "a" / "iter1" / "pretrain")
+    trained, _ = load_params(source)
+
+    train.run_stage(tiny_config(**small, init_from=source), "pretrain", tmp_path / "b")
+    start, _ = load_params(f"{tmp_path}/b/iter1/pretrain@0")
+    assert_trees_equal(start, trained)
+
+    more = tiny_config(**{**small, "pretrain__steps": 4}, resume=source)
+    train.run_stage(more, "pretrain", tmp_path / "c")
+    steps = [line["step"] for line in read_metrics(tmp_path / "c" / "iter1" / "pretrain")]
+    assert steps == [3, 4]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_and_traces_a_step(name):
+    config = load_config(name)
+    section = config.pretrain
+    stage, frozen = train.STAGES["pretrain"](config)
+    tx, _ = optim.make_optimizer(section)
+    length = int(config.data.clip_seconds * 16000)
+    batch = {
+        "waveform": jax.ShapeDtypeStruct((4, length), jnp.int16),
+        **{k: jax.ShapeDtypeStruct((4,), jnp.int32) for k in ("num_samples", "index")},
+        "counter": jax.ShapeDtypeStruct((4,), jnp.uint32),
+    }
+
+    def one_step(batch):
+        params, model_state = stage.init(jax.random.key(0), batch)
+        loss, *_ = stage.loss_fn(params, model_state, frozen, batch, jax.random.key(1))
+        return loss, tx.init(params), stage.eval_fn(params, model_state, frozen, batch)
+
+    loss, opt_state, _ = jax.eval_shape(one_step, batch)
+    assert loss.shape == ()
+    count = sum(np.prod(x.shape) for x in jax.tree.leaves(opt_state[1][0].mu["encoder"]))
+    wanted = {"base": 90_311_792}.get(config.model.preset)
+    assert count == wanted if wanted else count > 0
+    assert len((train.Path(__file__).parents[1] / "configs" / f"{name}.py").read_text().splitlines()) <= 80
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    config = load_config("iter1").pretrain
+    rate = optim.learning_rate(config)
+    assert float(rate(0)) == pytest.approx(5e-4 / 32_000)
+    assert float(rate(31_999)) == pytest.approx(5e-4)
+    assert float(rate(32_000)) == pytest.approx(5e-4)
+    assert 0 < float(rate(399_999)) < 2e-9
+    values = [float(rate(s)) for s in itertools.chain(range(0, 400_000, 10_000))]
+    assert values[4:] == sorted(values[4:], reverse=True)
+
+
+def test_weight_decay_spares_what_is_no_matrix():
+    config = tiny_config(input__backend="numpy")
+    *_, state, _ = build(config)
+    flags = jax.tree_util.tree_leaves_with_path(optim.decays(state.params))
+    decayed = {jax.tree_util.keystr(path, simple=True, separator="/") for path, on in flags if on}
+    assert "encoder/encoder/layers_0/fc1/kernel" in decayed
+    spared = ("bias", "scale", "embedding", "grep_a", "weight_g", "mask_token")
+    assert not [name for name in decayed if name.rsplit("/")[-1] in spared]

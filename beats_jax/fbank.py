@@ -2,15 +2,16 @@
 
 One definition of the constants (float64 numpy) and one body, `_log_mel`, which takes the array
 module as an argument. It reproduces `torchaudio.compliance.kaldi.fbank` with the settings of the
-official BEATs code (`method.md` section 2): 25 ms povey window, 10 ms shift, no dither, pre-emphasis
-0.97 after the frame's mean is removed, power spectrum, 20-8000 Hz, log with a float32-eps floor.
+official BEATs code (`method.md` section 2): 25 ms povey window, 10 ms shift, no dither,
+pre-emphasis 0.97 after the frame's mean is removed, power spectrum, 20-8000 Hz, log with a
+float32-eps floor.
 
-Everything up to the spectrum is linear, so it is ONE matrix [400, 2*256]. CPUs use an FFT in its
-place, measured to be 1.5 to 2 times as fast there; accelerators use the matrix.
+Once the mean is out, all up to the spectrum is linear: ONE matrix [400, 2*256]. Accelerators use
+it; CPUs use an FFT in its place, about 1.5 times as fast there.
 
-Frames never depend on what surrounds them: a clip alone, in a batch or in a longer buffer gives
-the same bits. A matrix product of BLAS, Eigen or XLA:CPU does not promise that, for it sums in an
-order that depends on the number of rows; CPUs therefore multiply fixed blocks of `BLOCK` frames.
+A frame never depends on what surrounds it: a clip alone, in a batch or in a longer buffer gives
+the same bits. A matrix product of BLAS, Eigen or XLA:CPU does not promise that, for the order of
+its sums depends on the number of rows; CPUs therefore multiply fixed blocks of `BLOCK` frames.
 """
 
 import functools
@@ -32,7 +33,7 @@ MEAN, STD = 15.41663, 6.55582  # of AudioSet's log-mel values, from the official
 
 FFT_LENGTH = 512
 NUM_BINS = FFT_LENGTH // 2  # Kaldi's mel banks leave the Nyquist bin out
-PREEMPHASIS = np.float32(0.97)
+PREEMPHASIS = 0.97
 PCM_SCALE = 32768.0  # the official code scales float audio to the int16 range
 EPSILON = np.finfo(np.float32).eps
 HOP = 80  # greatest common divisor of frame length and shift: frames are 5 rows of 80, 2 rows apart
@@ -65,7 +66,7 @@ def _mel_banks() -> np.ndarray:
 
 
 def _dft_matrix() -> np.ndarray:
-    """[400, 512] float64: pre-emphasis, window and DFT; real parts of bins 0-255, then imaginary."""
+    """[400, 512] float64: pre-emphasis, window, DFT; real parts of bins 0-255, then imaginary."""
     preemphasis = np.eye(FRAME_LENGTH) - PREEMPHASIS * np.eye(FRAME_LENGTH, k=-1)
     preemphasis[0, 0] = 1.0 - PREEMPHASIS  # Kaldi repeats the first sample to the left
     cycles = np.outer(np.arange(FRAME_LENGTH), np.arange(NUM_BINS)) % FFT_LENGTH
@@ -99,7 +100,7 @@ def fbank(waveform: Any, mean: float = MEAN, std: float = STD) -> Any:
     """Normalised Kaldi log-mel filter bank.
 
     Args:
-        waveform: [..., T], 16 kHz mono: float32 or float64 in [-1, 1], or int16 PCM (value / 32768).
+        waveform: [..., T], 16 kHz mono: float32 or float64 in [-1, 1], or int16 PCM (32768 = 1.0).
             An array of numpy, jax (also while tracing) or TensorFlow; T must be static.
         mean, std: of the corpus's un-normalised log-mel values (`beats-jax stats` measures them).
 
@@ -122,7 +123,7 @@ def fbank(waveform: Any, mean: float = MEAN, std: float = STD) -> Any:
     scale = np.float32(1.0 if dtype == "int16" else PCM_SCALE)
     waveform = xp.reshape(waveform, (-1 if -1 in lead else math.prod(lead), num_samples))
     log_mel = _PATHS[_library(waveform)](xp.asarray(waveform, dtype=np.float32) * scale)
-    log_mel = xp.reshape(log_mel, (*lead, -(-num_frames(num_samples) // BLOCK) * BLOCK, NUM_MELS))
+    log_mel = xp.reshape(log_mel, (*lead, _num_blocks(num_samples) * BLOCK, NUM_MELS))
     log_mel = log_mel[..., : num_frames(num_samples), :]
     # A divisor no compiler can see through: XLA and TensorFlow would multiply by the reciprocal of
     # a constant, and its last bit is not torch's quotient (silence would be 3e-6 off in log units).
@@ -131,7 +132,7 @@ def fbank(waveform: Any, mean: float = MEAN, std: float = STD) -> Any:
 
 
 def patchify(fbank: Any) -> Any:
-    """Cuts [..., F, 128] into patches [..., 8 * (F // 16), 256]; the last F % 16 frames are dropped.
+    """Cuts [..., F, 128] into patches [..., 8 * (F // 16), 256], without the last F % 16 frames.
 
     Token t * 8 + f is time column t, band f (0 = lowest); its pixels are time-major (16 x 16).
     """
@@ -154,20 +155,24 @@ def unpatchify(patches: Any) -> Any:
     return xp.reshape(pixels, (*lead, columns * PATCH_SIZE, NUM_MELS))
 
 
+def _num_blocks(num_samples: int) -> int:
+    return -(-num_frames(num_samples) // BLOCK)
+
+
 def _frame(xp: Any, waveform: Any) -> Any:
     """Overlapping frames of [N, T] in whole blocks, [N * blocks, BLOCK, 400]; zeros fill the last.
 
     Slices in place of a gather: a frame is five rows of 80 samples, the next starts two rows on.
     """
-    size, num_samples = _sizes(waveform)
-    frames = -(-num_frames(num_samples) // BLOCK) * BLOCK
+    size, num_samples = waveform.shape
+    frames = _num_blocks(num_samples) * BLOCK
     rows = 2 * frames + 3
     missing = max(rows * HOP - num_samples, 0)
     waveform = xp.pad(waveform[:, : rows * HOP], ((0, 0), (0, missing)), "constant")
     rows = xp.reshape(waveform, (size, rows, HOP))
     parts = [rows[:, i : i + 2 * frames : 2] for i in range(FRAME_LENGTH // HOP)]
-    blocks = -1 if size == -1 else size * frames // BLOCK
-    return xp.reshape(xp.concatenate(parts, axis=-1), (blocks, BLOCK, FRAME_LENGTH))
+    frame_shape = (size * frames // BLOCK, BLOCK, FRAME_LENGTH)
+    return xp.reshape(xp.concatenate(parts, axis=-1), frame_shape)
 
 
 def _log_mel(xp: Any, frames: Any, power: Callable, matmul: Callable) -> Any:
@@ -185,8 +190,9 @@ def _power_by_matrix(frames: Any, matmul: Callable) -> Any:
 def _power_by_fft(xp: Any, frames: Any, rfft: Callable) -> Any:
     """The same by FFT; `rfft(x, 512)` pads with zeros."""
     previous = xp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
-    emphasised = (frames - PREEMPHASIS * previous) * xp.broadcast_to(WINDOW, frames.shape)
-    spectrum = rfft(emphasised, FFT_LENGTH)[..., :NUM_BINS]
+    frames = frames - np.float32(PREEMPHASIS) * previous
+    frames = frames * xp.broadcast_to(WINDOW, frames.shape)
+    spectrum = rfft(frames, FFT_LENGTH)[..., :NUM_BINS]
     return xp.square(xp.real(spectrum)) + xp.square(xp.imag(spectrum))
 
 
@@ -213,7 +219,7 @@ def _compiled_jax_log_mel() -> Callable:
     by_fft = functools.partial(_power_by_fft, jnp, rfft=jnp.fft.rfft)
     by_matrix = functools.partial(_power_by_matrix, matmul=matmul)
 
-    def on_cpu(frames):
+    def on_cpu(frames):  # a scan: the compiler merges the products of an unrolled or batched one
         return jax.lax.map(lambda block: _log_mel(jnp, block, by_fft, matmul), frames)
 
     def on_accelerator(frames):
@@ -229,7 +235,8 @@ def _compiled_jax_log_mel() -> Callable:
 def _tensorflow_log_mel(waveform: Any) -> Any:
     """[N, T] to [N, blocks, BLOCK, 128], clip by clip as for numpy."""
     import tensorflow as tf
-    import tensorflow.experimental.numpy as tnp
+
+    tnp = tf.experimental.numpy
 
     def rfft(frames, length):
         # tf.signal.rfft pads by itself, but not an empty batch.
@@ -262,7 +269,7 @@ def _array_module(x: Any) -> Any:
 
         return jax.numpy
     if library == "tensorflow":
-        import tensorflow.experimental.numpy
+        import tensorflow
 
         return tensorflow.experimental.numpy
     return np

@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 # Before anything imports JAX; subprocesses inherit it all.
 os.environ["JAX_PLATFORMS"] = "cpu"
 DEVICES = "--xla_force_host_platform_device_count=8"
@@ -17,10 +20,6 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
-
-import jax
-import numpy as np
-import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,13 +42,15 @@ def strict_promotion() -> Iterator[None]:
     For tests of our own array functions and models; as a global setting it breaks optax.adamw and
     Flax's LayerNorm in bfloat16.
     """
+    import jax
+
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
 
 
 @pytest.fixture(scope="session")
 def waveforms() -> dict[str, np.ndarray]:
-    """Read-only float32 clips in [-1, 1] at 16 kHz: chirp, speech, noise (2 s each), silence (1 s)."""
+    """Read-only float32 clips at 16 kHz: 2 s of chirp, speech and noise, 1 s of silence."""
     rng = np.random.default_rng(0)
     time = np.arange(2 * 16000) / 16000.0
     sweep = 0.9 * np.sin(2 * np.pi * (50.0 * time + (7800.0 - 50.0) / 4.0 * time**2))
@@ -59,9 +60,10 @@ def waveforms() -> dict[str, np.ndarray]:
     formants = sum(np.exp(-(((120.0 * harmonics - f) / 300.0) ** 2)) for f in (600.0, 1700.0))
     voiced = np.sum(formants * np.sin(harmonics * pitch), axis=0)
     syllables = np.maximum(0.0, np.sin(2 * np.pi * 2.5 * time))
+    breath = rng.standard_normal(time.size)
     clips = {
         "chirp": sweep,
-        "speech": 0.5 * syllables * voiced / np.abs(voiced).max(),
+        "speech": syllables * (0.5 * voiced / np.abs(voiced).max() + 1e-3 * breath),
         "noise": np.clip(0.1 * rng.standard_normal(time.size), -1.0, 1.0),
         "silence": np.zeros(16000),
     }

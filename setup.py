@@ -7,7 +7,6 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
-ON_LINUX_X86 = 'sys_platform == "linux" and platform_machine == "x86_64"'
 
 setup(
     name="beats_jax",
@@ -42,8 +41,8 @@ setup(
         "tensorflow-datasets>=4.9.9,<5",
         "tqdm>=4.66,<5",
         # Only tf.data runs: the build without CUDA where there is one.
-        f"tensorflow-cpu>=2.20,<3; {ON_LINUX_X86}",
-        f"tensorflow>=2.20,<3; not ({ON_LINUX_X86})",
+        'tensorflow-cpu>=2.20,<3; sys_platform == "linux" and platform_machine == "x86_64"',
+        'tensorflow>=2.20,<3; sys_platform != "linux" or platform_machine != "x86_64"',
     ],
     extras_require={
         # nodejs: pyright's node as a wheel, else it downloads one on its first run.

@@ -38,7 +38,7 @@ ensure_venv() {
     "$base" -m venv --clear "$ROOT/.venv" || return 1
   fi
   echo "Installing beats_jax${extra:+[$extra]} into $ROOT/.venv (a minute or more)" >&2
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check -e "$ROOT${extra:+[$extra]}" ||
+  "$PYTHON" -m pip install -qq --disable-pip-version-check -e "$ROOT${extra:+[$extra]}" ||
     return 1
   echo "$wanted" >"$stamp"
   echo "$wanted" >"$ROOT/.venv/installed" # every extra brings the package itself

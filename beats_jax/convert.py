@@ -78,7 +78,7 @@ def encoder_from_official(
 
     patches = jax.ShapeDtypeStruct((1, 8, PATCH_SIZE**2), jnp.float32)
     tree = jax.eval_shape(BEATs(**kwargs).init, jax.random.key(0), patches)["params"]
-    wanted = flax.traverse_util.flatten_dict(tree)
+    wanted: dict[tuple[str, ...], Any] = flax.traverse_util.flatten_dict(tree)
     keys = {path: _official_key(path) for path in wanted}
     missing = sorted(set(keys.values()) - set(state))
     unknown = sorted(set(state) - set(keys.values()))

@@ -20,7 +20,7 @@ class Visible(NamedTuple):
         valid: bool [B, K], False in the empty slots, which come last.
     """
 
-    index: jax.Array
+    index: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     valid: jax.Array
 
 
@@ -60,7 +60,7 @@ def random_masking(
 
 
 def slot_of_token(visible: Visible, length: int) -> tuple[jax.Array, jax.Array]:
-    """The inverse of ``Visible.index``: every token's slot, int32 [B, L]; has it one, bool [B, L]."""
+    """The inverse of ``Visible.index``: each token's slot int32 [B, L], and whether it has one."""
     places = jnp.arange(length, dtype=jnp.int32)[None, None]
     match = visible.valid[:, :, None] & (visible.index[:, :, None] == places)  # [B, K, L]
     return jnp.argmax(match, axis=1), jnp.any(match, axis=1)

@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from beats_jax.fbank import BANDS, PATCH_SIZE, num_tokens
 from beats_jax.masking import Visible, gather_rows, scatter_rows, slot_of_token
@@ -124,7 +125,7 @@ def _dense(features: int, fan_in: int, name: str, dtype: Any, use_bias: bool = T
     return nn.Dense(features, use_bias, dtype, kernel_init=init, bias_init=init, name=name)
 
 
-def token_padding_mask(num_samples: jax.Array, length: int) -> jax.Array:
+def token_padding_mask(num_samples: jax.Array | np.ndarray, length: int) -> jax.Array:
     """Exact mode: a token counts if all 16 frames of its time column lie in valid samples.
 
     Args:
@@ -137,7 +138,7 @@ def token_padding_mask(num_samples: jax.Array, length: int) -> jax.Array:
     return jnp.arange(length)[None] >= num_tokens(jnp.asarray(num_samples))[:, None]
 
 
-def official_token_mask(sample_mask: jax.Array, num_frames: int) -> jax.Array:
+def official_token_mask(sample_mask: jax.Array | np.ndarray, num_frames: int) -> jax.Array:
     """Official mode: the rule of the official code, samples to frames to tokens.
 
     Tokens are taken as linear in time, so a boundary column is split among frequency bands, and a

@@ -94,6 +94,11 @@ def linear_init(gain: float | None) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(gain**2, "fan_avg", "normal")
 
 
+def deep_norm_constants(num_layers: int) -> tuple[float, float]:
+    """alpha, of the residual, and beta, gain of the value, output and feed-forward weights."""
+    return (2 * num_layers) ** 0.25, (8 * num_layers) ** -0.25
+
+
 class EncoderLayer(nn.Module):
     """Attention and feed-forward with residuals: post-norm (DeepNorm-scaled) or pre-norm."""
 
@@ -118,7 +123,7 @@ class EncoderLayer(nn.Module):
     ) -> jax.Array:
         """Arguments and result as SelfAttention's."""
         depth = self.deep_norm_layers
-        alpha, beta = ((2 * depth) ** 0.25, (8 * depth) ** -0.25) if depth else (1.0, None)
+        alpha, beta = deep_norm_constants(depth) if depth else (1.0, None)
         attention = SelfAttention(
             self.num_heads, self.attention_dropout, self.gated, beta, self.dtype, name="self_attn"
         )

@@ -66,7 +66,7 @@ class RelativePositionBias(nn.Module):
     num_heads: int
     num_buckets: int = 320
     max_distance: int = 800
-    init: str = "normal"  # or "local" (local_bias_init)
+    bias_init: str = "normal"  # or "local" (local_bias_init)
 
     @nn.compact
     def __call__(self, length: int, positions: jax.Array | None = None) -> jax.Array:
@@ -75,10 +75,10 @@ class RelativePositionBias(nn.Module):
         Returns:
             float32 [1, H, length, length], or [B, H, K, K]; last axis: keys.
         """
-        if self.init not in ("normal", "local"):
-            raise ValueError(f"bias_init is {self.init!r}; want 'normal' or 'local'")
+        if self.bias_init not in ("normal", "local"):
+            raise ValueError(f"bias_init is {self.bias_init!r}; want 'normal' or 'local'")
         init = nn.initializers.normal(0.02)
-        if self.init == "local":
+        if self.bias_init == "local":
             init = local_bias_init(self.num_buckets, self.max_distance)
         table = self.param("embedding", init, (self.num_buckets, self.num_heads))
         distance = np.arange(1 - length, length)

@@ -58,7 +58,7 @@ def _xavier(rng: np.random.Generator, fan_in: int, fan_out: int, area: int = 1) 
 
 
 def random_projection_ids(
-    params: Mapping[str, jax.Array],
+    params: Mapping[str, jax.Array | np.ndarray],
     patches: jax.Array,
     *,
     mode: str = "bestrq",

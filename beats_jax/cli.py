@@ -70,6 +70,39 @@ def stats(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def probe(parser: argparse.ArgumentParser) -> Run:
+    """Linear probe of a trained encoder, beside the same encoder untrained and a log-mel baseline.
+
+    Logistic regression on each clip's mean feature, trained on all folds but one and scored on that
+    one; C is chosen on the training folds alone.
+
+    example:
+      beats-jax probe runs/esc50/iter1/pretrain esc50_prepared --filter esc10=True
+    """
+    parser.add_argument("ckpt", metavar="STAGE", help="W/<iteration>/<stage>, or …@STEP")
+    parser.add_argument("data", metavar="DATA", help="a folder made by `prepare`")
+    parser.add_argument("--filter", default="", help="clips to take, as for `prepare`")
+    parser.add_argument("--label", default="category", help="column of the class (category)")
+    parser.add_argument("--fold", default="fold", help="column of the fold (fold)")
+    parser.add_argument("--layer", type=int, help="0 = input of the first block … N = last (last)")
+
+    def run(args: argparse.Namespace) -> int:
+        from beats_jax.probe import probe_stage, probe_table
+
+        rows = probe_stage(
+            args.ckpt,
+            args.data,
+            filter=args.filter,
+            label=args.label,
+            fold=args.fold,
+            layer=args.layer,
+        )
+        print(probe_table(rows))
+        return 0
+
+    return run
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -81,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.open(os.devnull, os.O_RDONLY)
     parser = _Parser(prog="beats-jax", description="BEATs audio pre-training in JAX.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (prepare, stats):
+    for command in (prepare, stats, probe):
         first, _, rest = (command.__doc__ or "").partition("\n")
         subparser = commands.add_parser(
             command.__name__,

@@ -9,7 +9,7 @@ import collections
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
@@ -21,6 +21,7 @@ from beats_jax.fbank import MEAN, STD, fbank, patchify
 
 Batch = dict[str, np.ndarray]
 DTYPES = {"waveform": np.int16, "num_samples": np.int32, "counter": np.uint32, "index": np.int32}
+Batches = Generator[Batch, None, None]
 T = TypeVar("T")
 
 
@@ -38,7 +39,7 @@ def train_batches(
     std: float = STD,
     workers: int = 1,
     prefetch: int = 4,
-) -> Iterator[Batch]:
+) -> Batches:
     """Endless batches of random crops, in an order that is a function of the seed alone.
 
     Args:
@@ -61,7 +62,7 @@ def train_batches(
         `counter` uint32 [b], the example's number; `index` int32 [b], its position in `clips`.
         Closing or dropping it stops its threads. What goes wrong in them is raised here.
     """
-    _check(clips, batch_size, clip_samples, backend, frontend)
+    _check(clips, batch_size, clip_samples)
     taken = np.arange(batch_size)[rows]
 
     def make(number: int) -> Batch:
@@ -86,12 +87,12 @@ def eval_batches(
     std: float = STD,
     workers: int = 1,
     prefetch: int = 4,
-) -> Iterator[Batch]:
+) -> Batches:
     """Every clip once, in the data set's order, cropped at its start; otherwise as `train_batches`.
 
     The last batch is filled up with rows of zeros that have num_samples 0 and index -1.
     """
-    _check(clips, batch_size, clip_samples, backend, frontend)
+    _check(clips, batch_size, clip_samples)
     taken = np.arange(batch_size)[rows]
 
     def make(number: int) -> Batch:
@@ -103,17 +104,11 @@ def eval_batches(
     return _execute(make, numbers, shape, backend, frontend, mean, std, workers, prefetch)
 
 
-def _check(clips: Clips, batch_size: int, clip_samples: int, backend: str, frontend: str) -> None:
+def _check(clips: Clips, batch_size: int, clip_samples: int) -> None:
     if not len(clips):
         raise ValueError("there are no clips to read; check the filter and the held-out fraction")
-    if batch_size < 1 or clip_samples < 1:
-        raise ValueError(
-            f"batch_size {batch_size} and clip_samples {clip_samples} must be positive"
-        )
-    if backend not in ("tf", "numpy"):
-        raise ValueError(f"input.backend is {backend!r}; use 'tf' or 'numpy'")
-    if frontend not in ("host", "device"):
-        raise ValueError(f"input.frontend is {frontend!r}; use 'host' or 'device'")
+    if min(batch_size, clip_samples) < 1:
+        raise ValueError(f"batch_size {batch_size}, clip_samples {clip_samples}: must be positive")
 
 
 def _read(
@@ -145,7 +140,14 @@ def _execute(
     std: float,
     workers: int,
     prefetch: int,
-) -> Iterator[Batch]:
+) -> Batches:
+    if backend not in ("tf", "numpy"):
+        raise ValueError(f"input.backend is {backend!r}; use 'tf' or 'numpy'")
+    if frontend not in ("host", "device"):
+        raise ValueError(f"input.frontend is {frontend!r}; use 'host' or 'device'")
+    if min(workers, prefetch) < 1:
+        raise ValueError(f"input.workers {workers}, input.prefetch {prefetch}: must be positive")
+
     def finish(batch: dict[str, Any]) -> dict[str, Any]:
         if frontend == "host":
             batch["patches"] = patchify(fbank(batch.pop("waveform"), mean, std))
@@ -158,7 +160,7 @@ def _execute(
 
 def _numpy_batches(
     make: Callable[[int], Batch], numbers: range, workers: int, prefetch: int
-) -> Iterator[Batch]:
+) -> Batches:
     with ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
         yield from ordered(pool, make, numbers, max(prefetch, workers))
 
@@ -187,7 +189,7 @@ def _tf_batches(
     shape: tuple[int, int],
     workers: int,
     prefetch: int,
-) -> Iterator[Batch]:
+) -> Batches:
     """tf.data asks for batches by number: one Python call each; the log-mel is TensorFlow's own."""
     tf = import_tensorflow()
     failures: list[BaseException] = []

@@ -364,7 +364,7 @@ def _write_shards(
     out: Path, examples: Iterator[dict[str, Any]], at_most: int
 ) -> list[tuple[str, int]]:
     """Writes clips in their order. Returns (path in `out`, number of records) of every shard."""
-    import_tensorflow()
+    tf = import_tensorflow()
     import tensorflow_datasets as tfds
 
     # TFDS sorts by key in 1000 temporary files that split the 128-bit keys evenly: spreading the
@@ -373,8 +373,11 @@ def _write_shards(
     builder = _builder_class()(data_dir=str(out / "shards"), file_format="array_record")
     builder.examples = ((i * step, example) for i, example in enumerate(examples))
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it downloads to
-        builder.download_and_prepare()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it downloads to
+            builder.download_and_prepare()
+    except (RuntimeError, tf.errors.OpError) as error:  # as the C++ writers report a full disk
+        raise OSError(f"cannot write the shards to {out}: {error}") from error
     shutil.rmtree(out / "shards" / "downloads", ignore_errors=True)  # made, and empty
     split = builder.info.splits["train"]
     paths = [Path(path).relative_to(out.absolute()) for path in split.filepaths]

@@ -88,11 +88,21 @@ def test_wheel_works_in_an_empty_environment(wheel, tmp_path):
     where = run(python, "-c", "import beats_jax; print(beats_jax.__file__)").strip()
     assert Path(where).is_relative_to(tmp_path / "venv")
     assert "prepare" in run(python.with_name("beats-jax"), "--help")
-    steps = ["--config.pretrain.steps=4", "--config.pretrain.batch_size=4"]
+    steps = ["--config.pretrain.steps=4", "--config.pretrain.warmup_steps=1"]
     sizes = ["--config.data.num_clips=24", "--config.data.clip_seconds=1.0"]
     smoke = ["--config=configs/smoke.py", f"--workdir={tmp_path / 'work'}"]
     run(python, "-m", "beats_jax.main", *smoke, *steps, *sizes)
     assert (tmp_path / "work/iter1/pretrain/metrics.jsonl").exists()
+
+
+def test_configs_are_found_from_another_folder(tmp_path):
+    """In an editable installation too, where they lie beside the package and not in it."""
+    code = "from beats_jax.configs import smoke; print(smoke.get_config().iteration)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    if "No module named 'beats_jax'" in done.stderr:
+        pytest.skip("beats_jax is not installed, only imported from the clone")
+    assert done.stdout == "iter1\n", done.stderr
 
 
 class Clone:

@@ -31,15 +31,13 @@ def learning_rate(section: Any) -> optax.Schedule:
         )
     if section.schedule not in ("linear", "cosine"):
         raise ValueError(f'schedule "{section.schedule}" is unknown; use "linear" or "cosine"')
-    # Schedules count from 0; shifting by one makes the first update non-zero.
     if section.schedule == "linear":
         decay = optax.linear_schedule(peak, 0.0, steps - warmup)
     else:
         decay = optax.cosine_decay_schedule(peak, steps - warmup)
     if not warmup:
         return decay
-    ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-    return optax.join_schedules([ramp, decay], [warmup])
+    return optax.join_schedules([lambda step: peak * (step + 1) / warmup, decay], [warmup])
 
 
 def decays(params: Any) -> Any:

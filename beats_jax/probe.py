@@ -44,6 +44,48 @@ class Row(NamedTuple):
         return float(self.accuracies.std(ddof=1))
 
 
+def probe_stage(
+    stage_folder: str,
+    data: str,
+    *,
+    filter: str = "",
+    label: str = "category",
+    fold: str = "fold",
+    layer: int | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """A stage's encoder, the same encoder untrained, and the log-mel baseline, on one data set.
+
+    Args:
+        stage_folder: `W/<iteration>/<stage>`, or `…@STEP`.
+        data: a folder made by `prepare`, with columns for the label and the fold.
+        filter: its rows to take, as "esc10=True".
+        label, fold: the columns' names.
+        layer: whose features are averaged over the clip; the last by default.
+        seed: of the inner split, where there are only two folds.
+
+    Raises:
+        FileNotFoundError: no checkpoint or no data there.
+        ValueError: a column is missing, or the folds cannot be used.
+    """
+    from beats_jax.data.sources import open_clips
+    from beats_jax.inference import load_encoder, pooled_features
+
+    clips = open_clips(data).select(filter)
+    for column in (label, fold):
+        if column not in clips.columns:
+            known = ", ".join(clips.columns) or "none"
+            raise ValueError(f"{data}: no column {column!r}; the columns are: {known}")
+    labels, folds = clips.columns[label], clips.columns[fold]
+    features = {
+        "trained": pooled_features(load_encoder(stage_folder), clips, layer),
+        "untrained": pooled_features(load_encoder(stage_folder, untrained=True), clips, layer),
+    }
+    rows = evaluate_features(features, labels, folds, seed)
+    baseline = logmel_baseline_features(clips.fetch(np.arange(len(clips))))
+    return rows + [linear_probe(baseline, labels, folds, seed, name="log-mel", strengths=(0.1,))]
+
+
 def linear_probe(
     features: Any,
     labels: Any,

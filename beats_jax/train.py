@@ -30,7 +30,7 @@ from beats_jax.data.dataset import open_data
 from beats_jax.data.pipeline import eval_batches, train_batches
 from beats_jax.data.sources import Clips
 from beats_jax.fbank import SAMPLE_RATE, unpatchify
-from beats_jax.metrics import summarize
+from beats_jax.metrics import Histogram, summarize
 from beats_jax.optim import make_optimizer
 from beats_jax.stages import Stage, pretrain
 from beats_jax.watch import Clock, Interrupted, Report, Signals
@@ -296,7 +296,7 @@ def make_train_step(
         loss, weight, (stats, metrics), grads = sums
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         after = TrainState(
             state.step + 1,
@@ -322,7 +322,7 @@ def evaluate(
     folder: Path,
     step: int,
 ) -> dict[str, float]:
-    """Figures of the held-out clips, prefixed `val_`; draws the first clip into `plots/`."""
+    """Figures of the held-out clips, prefixed `val_`; draws the first clip and the code usage."""
     total = None
     for batch in batches:
         metrics, outputs = eval_step(state.params, state.model_state, frozen, batch)
@@ -338,7 +338,11 @@ def evaluate(
                 folder / "plots" / f"example_{step:07d}.png",
             )
         total = metrics if total is None else jax.tree.map(np.add, total, metrics)
-    return {f"val_{name}": value for name, value in summarize(total or {}).items()}
+    total = total or {}
+    usage = {name: m.counts for name, m in total.items() if isinstance(m, Histogram)}
+    if usage and jax.process_index() == 0:
+        plots.plot_code_usage(usage, folder / "plots" / f"code_usage_{step:07d}.png")
+    return {f"val_{name}": value for name, value in summarize(total).items()}
 
 
 def _floats(sums: dict[str, Any]) -> dict[str, float]:

@@ -143,7 +143,7 @@ class Report:
         restored: bool,
         warn: Callable[[Mapping[str, float]], str | None],
     ):
-        self._name, self._steps, self._warn, self._warned = name, steps, warn, ""
+        self._name, self._steps, self._warn, self._warned = name, steps, warn, False
         chief = jax.process_index() == 0
         self._writer = Writer(folder, start if restored else None) if chief else None
         # disable=None: no bar where stderr is no terminal; the lines below take its place.
@@ -159,9 +159,10 @@ class Report:
             log.info("%s %d/%d %s", self._name, step, self._steps, line)
         else:
             self._bar.set_postfix_str(line)
-        problem = self._warn(record)
-        if problem and problem.split(":")[0] != self._warned:  # once a kind, not once a step
-            self._warned = problem.split(":")[0]
+        # Nothing is learned at first: a quarter into the run it should be, and once is enough.
+        due = step == 0 or (step >= self._steps / 4 and not self._warned)
+        if record and due and (problem := self._warn(record)):
+            self._warned = step > 0
             log.warning("step %d: %s", step, problem)
 
     def advance(self) -> None:

@@ -104,3 +104,20 @@ def assert_trees_equal(a, b) -> None:
         jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
     ):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))
+
+
+def assert_gradients_close(a, b, tolerance: float) -> None:
+    """Leaf by leaf, relative to each tensor's largest value.
+
+    A key projection's bias has no gradient (it shifts all scores of a query alike, which softmax
+    does not see): what is there is rounding, at most 1e-7.
+    """
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        if name.endswith("k_proj/bias"):
+            assert max(np.max(np.abs(x)), np.max(np.abs(y))) <= 1e-7, name
+        else:
+            np.testing.assert_allclose(x, y, atol=tolerance * np.max(np.abs(y)), rtol=0, err_msg=name)

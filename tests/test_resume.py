@@ -2,6 +2,7 @@
 
 import signal
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -15,15 +16,9 @@ def final_state(workdir, step=8):
         state = {}
         for item in ("params", "opt_state", "model_state"):
             tree = reader.metadata(folder / item).item_metadata.tree
-            as_numpy = _map(tree, lambda _: ocp.RestoreArgs(restore_type=np.ndarray))
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             state[item] = reader.restore(folder / item, restore_args=as_numpy)
         return state
-
-
-def _map(tree, f):
-    import jax
-
-    return jax.tree.map(f, tree)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """Design section 6: what must hold when the same run lies on another mesh or on more processes."""
 
 import functools
+import socket
+import subprocess
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from runs import run, tiny_config, tiny_flags
+from runs import ROOT, assert_gradients_close, environment, run, tiny_config, tiny_flags
 from test_train import build
 
 from beats_jax import sharding, train
@@ -65,13 +67,7 @@ def test_another_mesh_trains_the_same(devices, mesh):
     np.testing.assert_array_equal(outputs["valid"], outputs_1["valid"])  # masks
     jax.tree.map(np.testing.assert_array_equal, stats, stats_1)
     assert loss == pytest.approx(loss_1, rel=1e-5)  # with dropout: its bits are equal too
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(grads_1), strict=True
-    ):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        # A key's bias shifts all scores of a query alike: softmax makes its gradient zero.
-        scale = 1e-3 if name.endswith("k_proj/bias") else np.max(np.abs(b))
-        np.testing.assert_allclose(a / scale, b / scale, atol=1e-4, err_msg=name)
+    assert_gradients_close(grads, grads_1, 1e-4)
     assert losses[-1] == pytest.approx(losses_1[-1], rel=1e-3)
 
 
@@ -105,11 +101,6 @@ def test_rows_of_the_global_batch():
 
 
 def test_two_processes_train_as_one(tmp_path):
-    import socket
-    import subprocess
-
-    from runs import ROOT, environment
-
     done = run(tiny_flags(tmp_path / "one"), devices=2)
     assert done.returncode == 0, done.stderr
     with socket.socket() as probe:

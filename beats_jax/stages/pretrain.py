@@ -207,7 +207,7 @@ def _spread(features: jax.Array, valid: jax.Array) -> Spread:
 
 def warn(metrics: dict[str, float]) -> str | None:
     """What is unhealthy in a report of `calibrate` or in one step's metrics, and what to change."""
-    if metrics["code_perplexity"] < LOW_PERPLEXITY:
+    if metrics.get("code_perplexity", LOW_PERPLEXITY) < LOW_PERPLEXITY:
         return (
             f"the tokens use only {metrics['code_perplexity']:.0f} codes' worth of the codebook "
             "(perplexity): loudness probably decides them; lower "
@@ -221,9 +221,8 @@ def warn(metrics: dict[str, float]) -> str | None:
         return (
             f"looks collapsed: masked accuracy {metrics['masked_accuracy']:.3f} against the "
             f"per-band unigram's {metrics['unigram_accuracy']:.3f}, feature_std "
-            f"{metrics['feature_std']:.3f}; normal in the first few hundred steps, later lower "
-            "--config.pretrain.lr, lengthen its warmup_steps or take "
-            '--config.model.bias_init="local"'
+            f"{metrics['feature_std']:.3f}; lower --config.pretrain.lr, lengthen its warmup_steps "
+            "or take --config.model.bias_init=local"
         )
     return None
 

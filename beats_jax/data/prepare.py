@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from beats_jax.data.pipeline import import_tensorflow, ordered
-from beats_jax.data.sources import INDEX, Clips, Listing, list_source, matches
+from beats_jax.data.sources import INDEX, Clips, Listing, list_source
 from beats_jax.data.synthetic import synthetic_clips
 from beats_jax.fbank import FRAME_LENGTH, MIN_SAMPLES, SAMPLE_RATE, fbank
 
@@ -86,7 +86,7 @@ def prepare(
         ValueError: if it has no usable audio, or `out` holds something else.
         BlockingIOError: if another call is writing to `out`.
     """
-    jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
+    jobs = (os.cpu_count() or 1) if jobs is None else jobs
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; give at least 1")
     if str(source) == "synthetic":
@@ -95,7 +95,7 @@ def prepare(
         identity = made.fingerprint
         decoded = (Decoded(made.read(int(record)).tobytes()) for record in made.records)
     else:
-        listing = _filtered(list_source(source), filter)
+        listing = list_source(source, filter)
         identity = _identity(listing, filter)
         decoded = _decode_all(listing, jobs)
     out = Path(out)
@@ -106,13 +106,6 @@ def prepare(
             return Report(**json.loads((out / "report.json").read_text()))
         _clear(out)
         return _write(out, listing, identity, filter, decoded)
-
-
-def _filtered(listing: Listing, filter: str) -> Listing:
-    rows = np.flatnonzero(matches(filter, listing.columns, len(listing.ids)))
-    columns = {name: [values[i] for i in rows] for name, values in listing.columns.items()}
-    ids, paths = [listing.ids[i] for i in rows], [listing.paths[i] for i in rows]
-    return Listing(listing.kind, ids, paths, columns)
 
 
 # --- is it there already? -------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Clips:
         return Clips(
             ids=[self.ids[i] for i in rows],
             num_samples=self.num_samples[rows],
-            columns={name: [values[i] for i in rows] for name, values in self.columns.items()},
+            columns=_take(self.columns, rows),
             digests=[self.digests[i] for i in rows],
             read=self.read,
             records=self.records[rows],
@@ -104,6 +104,11 @@ def matches(filter: str, columns: dict[str, list[str]], num_rows: int) -> np.nda
             some = sorted(set(columns[column]))[:8]
             raise ValueError(f"filter {filter!r} leaves no clip; {column} has values like {some}")
     return passed
+
+
+def _take(columns: dict[str, list[str]], rows: Iterable[int]) -> dict[str, list[str]]:
+    rows = list(rows)
+    return {name: [values[i] for i in rows] for name, values in columns.items()}
 
 
 # --- prepared folders -----------------------------------------------------------------------------
@@ -159,8 +164,8 @@ class _Shards:
         try:
             reader = self._readers[shard] or self._open(shard, self._ends[shard] - first)
             (data,) = reader.read([record - first])
-            example = _example_class().FromString(data)
-            (audio,) = example.features.feature["audio"].bytes_list.value
+            entries = _example_class().FromString(data).features.feature
+            (audio,) = (e.value.bytes_list.value[0] for e in entries if e.key == b"audio")
             return np.frombuffer(audio, "<i2")
         except Exception as error:  # RuntimeError, DecodeError, ValueError: as the layers please
             raise OSError(
@@ -191,41 +196,29 @@ class _Shards:
 
 @functools.cache
 def _example_class() -> Any:
-    """The message class of tf.train.Example, as far as bytes features go, without TensorFlow.
+    """A message class that reads tf.train.Example as far as bytes features go, without TensorFlow.
 
-    Reference: tensorflow/core/example/{example,feature}.proto. It lives in a pool of its own, so
-    that it does not collide with TensorFlow's when both are imported.
+    Reference: tensorflow/core/example/{example,feature}.proto. A map is on the wire a list of
+    entries, and text is bytes. It lives in a pool of its own, apart from TensorFlow's.
     """
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     field = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="tf", syntax="proto3")
-
-    def add(messages: Any, name: str, *fields: tuple[str, int, int, str | None]) -> Any:
-        message = messages.add(name=name)
-        for number, (key, label, kind, type_name) in enumerate(fields, start=1):
-            message.field.add(
-                name=key, number=number, label=label, type=kind, type_name=type_name
-            )  # fmt: skip
-        return message
-
     one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
-    nested = field.TYPE_MESSAGE
-    add(file.message_type, "BytesList", ("value", many, field.TYPE_BYTES, None))
-    add(file.message_type, "Feature", ("bytes_list", one, nested, ".tf.BytesList"))
-    features = add(
-        file.message_type,
-        "Features",
-        ("feature", many, nested, ".tf.Features.FeatureEntry"),
-    )
-    entry = add(
-        features.nested_type,
-        "FeatureEntry",
-        ("key", one, field.TYPE_STRING, None),
-        ("value", one, nested, ".tf.Feature"),
-    )
-    entry.options.map_entry = True
-    add(file.message_type, "Example", ("features", one, nested, ".tf.Features"))
+    messages = {
+        "BytesList": [("value", many, "")],
+        "Feature": [("bytes_list", one, "BytesList")],
+        "Entry": [("key", one, ""), ("value", one, "Feature")],
+        "Features": [("feature", many, "Entry")],
+        "Example": [("features", one, "Features")],
+    }
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="tf", syntax="proto3")
+    for name, fields in messages.items():
+        message = file.message_type.add(name=name)
+        for number, (key, label, kind) in enumerate(fields, start=1):
+            typed = {"type": field.TYPE_MESSAGE, "type_name": f".tf.{kind}"}
+            typed = typed if kind else {"type": field.TYPE_BYTES}
+            message.field.add(name=key, number=number, label=label, **typed)
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("tf.Example"))
@@ -244,8 +237,8 @@ class Listing:
     columns: dict[str, list[str]]
 
 
-def list_source(source: str | os.PathLike[str]) -> Listing:
-    """Finds the audio of a source, in whichever of these layouts it is.
+def list_source(source: str | os.PathLike[str], filter: str = "") -> Listing:
+    """Finds the audio of a source, in whichever of these layouts it is; rows that pass a filter.
 
     * a manifest `X.csv` or `X.jsonl` with a `filename` column, relative to the manifest's folder
       or to `audio/` in it;
@@ -255,18 +248,22 @@ def list_source(source: str | os.PathLike[str]) -> Listing:
 
     Raises:
         FileNotFoundError: if the source is not there.
-        ValueError: if a manifest cannot be read, or there is no audio.
+        ValueError: if a manifest cannot be read, there is no audio, or the filter is wrong.
     """
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_file():
-        return _manifest("manifest", path, path.parent)
-    if (path / "metadata.csv").is_file():
-        return _manifest("manifest", path / "metadata.csv", path)
-    if (path / "meta" / "esc50.csv").is_file():
-        return _manifest("esc50", path / "meta" / "esc50.csv", path)
-    return _folder(path)
+        listing = _manifest("manifest", path, path.parent)
+    elif (path / "metadata.csv").is_file():
+        listing = _manifest("manifest", path / "metadata.csv", path)
+    elif (path / "meta" / "esc50.csv").is_file():
+        listing = _manifest("esc50", path / "meta" / "esc50.csv", path)
+    else:
+        listing = _folder(path)
+    rows = np.flatnonzero(matches(filter, listing.columns, len(listing.ids)))
+    ids, paths = [listing.ids[i] for i in rows], [listing.paths[i] for i in rows]
+    return Listing(listing.kind, ids, paths, _take(listing.columns, rows))
 
 
 def _folder(root: Path) -> Listing:

@@ -29,9 +29,8 @@ log = logging.getLogger("beats_jax")
 
 def main(_: list[str]) -> None:
     """Sets up JAX as the config asks and runs its stages."""
-    # Orbax logs every step, and on an error what our own line says too; TensorFlow its start.
+    # Orbax logs every step, and on an error what our own line says too.
     absl_logging.set_verbosity(absl_logging.FATAL)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     config = _CONFIG.value
     if config is None or not _WORKDIR.value:
         raise ValueError(f"--config=FILE and --workdir=FOLDER are both needed, as in: {EXAMPLE}")

@@ -220,7 +220,9 @@ def _tf_batches(
 
 def import_tensorflow() -> Any:
     """TensorFlow without accelerators: they are JAX's, and it would take all of their memory."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # it greets with ten lines otherwise
+    # It greets with ten lines otherwise; oneDNN's kernels give it nothing here but one more line.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
 
     for kind in ("GPU", "TPU"):

@@ -48,7 +48,7 @@ def random_masking(
         raise ValueError(
             f"keep {keep} of {length} tokens leaves {slots} visible; want 1 to {length}"
         )
-    valid_tokens = jnp.sum(~padding_mask, axis=1)
+    valid_tokens = jnp.sum(~padding_mask, axis=1).astype(jnp.float32)
     kept_tokens = jnp.minimum(jnp.round(valid_tokens * keep).astype(jnp.int32), slots)  # [B]
     order = jnp.argsort(jnp.where(padding_mask, jnp.inf, noise), axis=1)
     rank = jnp.argsort(order, axis=1)

@@ -114,7 +114,7 @@ class Predictor(Transformer):
             x = scatter_rows(x, visible, length)
             x = jnp.where(seen[..., None], x, token.astype(self.dtype)[None, None])
         else:
-            x = scatter_rows(x, visible, length)
+            x = scatter_rows(x.astype(self.dtype), visible, length)
         x = self.run_layers(x, padding_mask, None, length, deterministic)[-1]
         x = normalise("layer_norm", x, jnp.float32)
         return _dense(self.num_classes, self.embed_dim, "head", jnp.float32)(x)

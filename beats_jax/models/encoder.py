@@ -207,7 +207,12 @@ class Transformer(nn.Module):
             bias = table(length, positions)
         layer_class = EncoderLayer
         if self.remat:
-            policy = getattr(jax.checkpoint_policies, self.remat)
+            policy = getattr(jax.checkpoint_policies, self.remat, None)
+            if policy is None:
+                raise ValueError(
+                    f"remat {self.remat!r} is unknown; want the name of a policy in "
+                    'jax.checkpoint_policies, such as "dots_with_no_batch_dims_saveable", or ""'
+                )
             layer_class = nn.remat(EncoderLayer, policy=policy, static_argnums=(4,))
         outputs = [x]
         for i in range(self.num_layers):
@@ -264,6 +269,7 @@ class Encoder(Transformer):
         Returns:
             [B, K, D], or [num_layers + 1, B, K, D], the last after a pre-norm model's final norm.
         """
+        x = x.astype(self.dtype)
         if padding_mask is not None:
             x = _zero_rows(x, padding_mask)
         length = length or x.shape[1]

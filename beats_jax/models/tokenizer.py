@@ -1,7 +1,8 @@
 """Iteration 1's tokenizer: a frozen random projection and a random codebook, from a seed.
 
-The arrays come from numpy's PCG64, so that a seed means the same tokens on every machine and under
-every version of JAX, and are an argument of the functions, not a constant in the compiled step.
+The arrays come from numpy's RandomState, whose streams are frozen for good: a seed means the same
+tokens on every machine and under every version. They are an argument of the functions, not a
+constant in the compiled step.
 """
 
 import math
@@ -23,7 +24,7 @@ def init_random_projection(
     """Draws the tokenizer's arrays.
 
     Args:
-        seed: any non-negative int.
+        seed: 0 to 2**32 - 1.
         codebook_size: number of tokens.
         dim: of the codes; 16 in BEST-RQ, 256 in BEATs and ESPnet.
         pool: side of the box of pixels averaged first, 1 or 4.
@@ -37,7 +38,7 @@ def init_random_projection(
         raise ValueError(f"tokenizer mode is {mode!r}; want one of {', '.join(MODES)}")
     if pool not in (1, 4) or (pool != 1 and mode != "bestrq"):
         raise ValueError(f"pool is {pool} with mode {mode!r}; want 1, or 4 with 'bestrq'")
-    rng = np.random.default_rng(seed)
+    rng = np.random.RandomState(seed)
     pixels = (PATCH_SIZE // pool) ** 2
     params = {}
     if mode == "espnet":
@@ -52,7 +53,7 @@ def init_random_projection(
     return params
 
 
-def _xavier(rng: np.random.Generator, fan_in: int, fan_out: int, area: int = 1) -> np.ndarray:
+def _xavier(rng: np.random.RandomState, fan_in: int, fan_out: int, area: int = 1) -> np.ndarray:
     std = math.sqrt(2 / (fan_in + fan_out * area))
     return (std * rng.standard_normal((fan_in, fan_out))).astype(np.float32)
 

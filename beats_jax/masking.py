@@ -38,7 +38,7 @@ def random_masking(
         The visible tokens, and mask: bool [B, L], True = hidden and to be predicted (padding is
         neither visible nor predicted).
 
-    Reference: BEATs section 3.1 (75 % of the patches are masked at random, no blocks).
+    Reference: method.md section 6 (75 % of the patches hidden at random, one by one).
     """
     if noise.shape != padding_mask.shape:
         raise ValueError(f"noise is {noise.shape}, padding_mask {padding_mask.shape}; want equal")
@@ -67,7 +67,7 @@ def slot_of_token(visible: Visible, length: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _take(rows: jax.Array, index: jax.Array, present: jax.Array) -> jax.Array:
-    taken = jnp.take_along_axis(rows, index[:, :, None], axis=1)
+    taken = jnp.take_along_axis(rows, index[:, :, None], axis=1, mode="clip")
     return jnp.where(present[:, :, None], taken, jnp.zeros((), rows.dtype))
 
 

@@ -1,6 +1,6 @@
 """The models as a whole: sizes, what the encoder may see, the predictor, the token masks."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import flax.traverse_util
@@ -144,7 +144,7 @@ def test_compact_closes_the_gaps():
     got = jax.jit(lambda p: encoder.apply(p, patches, visible=visible, compact=True))(params)
     want = jax.jit(lambda p: encoder.apply(p, kept, ~visible.valid))(params)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
-    true = encoder.apply(params, patches, visible=visible)
+    true = jax.jit(lambda p: encoder.apply(p, patches, visible=visible))(params)
     assert float(jnp.abs(got - true).max()) > 1e-3
 
 
@@ -187,7 +187,8 @@ def test_a_row_of_a_ragged_batch_is_what_it_is_alone():
 def test_predictor_tells_hidden_places_apart_by_position():
     patches, padding_mask, visible, hidden = inputs()
     for mask_token in ("learned", "zeros"):
-        logits = logits_of(models(mask_token)[2], patches, visible, padding_mask, mask_token)
+        forward = jax.jit(partial(logits_of, mask_token=mask_token))
+        logits = forward(models(mask_token)[2], patches, visible, padding_mask)
         at_hidden = np.asarray(logits[0])[np.asarray(hidden[0])]
         assert len(np.unique(at_hidden.round(4), axis=0)) == len(at_hidden)
 

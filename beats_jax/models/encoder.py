@@ -1,8 +1,8 @@
 """The BEATs Transformer: positional convolution, gated relative position bias, DeepNorm.
 
-Parameter names follow the official code (microsoft/unilm, ``beats/backbone.py``); method.md section
-4 in this project's documents, sections 3.1 of the paper. Parameters, softmax, LayerNorm, gates and
-the layers' activations are float32 whatever ``dtype`` is.
+Parameter names follow the official code (microsoft/unilm, ``beats/backbone.py``); its formulas are
+in method.md section 4. Parameters, softmax, LayerNorm and the layers' activations are float32
+whatever ``dtype`` is.
 """
 
 import functools

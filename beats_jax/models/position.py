@@ -112,10 +112,10 @@ class PositionalConv(nn.Module):
     Conv1d(D -> D, kernel 128, padding 64, 16 groups) with weight norm over the taps (one gain a
     tap), the last output dropped, then exact GELU: output p sees inputs p - 64 ... p + 63.
 
-    A grouped convolution this long is a slow path of every backend (its gradient on a CPU runs at
-    1 GFLOP/s), so it is done as discrete Fourier transforms, written as matrix products. That needs
-    about a fifth of the arithmetic, and tokens that are absent from the grid (zeros) cost nothing:
-    only the rows of the transforms that belong to present tokens are used.
+    XLA's grouped convolution this long has a very slow gradient on a CPU (1 GFLOP/s), so it is done
+    as discrete Fourier transforms written as matrix products. That needs about a fifth of the
+    arithmetic, and tokens that are absent from the grid (zeros) cost nothing: only the rows of the
+    transforms that belong to present tokens are used.
     """
 
     kernel_size: int = 128
@@ -155,7 +155,7 @@ class PositionalConv(nn.Module):
         taps = _waves(self.kernel_size, period, self.kernel_size // 2) * share
         real, imag = jnp.einsum("kcf,kio->cfio", taps, kernel)
         mix = jnp.array([[real, -imag], [imag, real]])  # [2 in, 2 out, F, D / groups, D]
-        mix = mix.reshape(*mix.shape[:4], self.groups, size)
+        mix = mix.reshape(*mix.shape[:4], self.groups, size)  # i: inputs of a group, go: outputs
 
         waves = jnp.asarray(_waves(length, period))  # [length, 2, F]
         if positions is None:
@@ -164,9 +164,7 @@ class PositionalConv(nn.Module):
             waves = waves[positions]  # [B, K, 2, F]
             to_waves, from_waves = "bpcf,bpd->bcfd", "bpcf,bcfd->bpd"
         spectrum = jnp.einsum(to_waves, waves, x.astype(jnp.float32))
-        spectrum = spectrum.reshape(
-            batch, 2, -1, self.groups, size
-        )  # [B, 2, F, groups, D / groups]
+        spectrum = spectrum.reshape(batch, 2, -1, self.groups, size)
         spectrum = jnp.einsum("bcfgi,cefigo->befgo", spectrum, mix)
         out = jnp.einsum(from_waves, waves, spectrum.reshape(batch, 2, -1, dim))
         return nn.gelu((out + bias[None, None]).astype(self.dtype), approximate=False)

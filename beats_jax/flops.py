@@ -2,9 +2,9 @@
 
 Counted: matmuls as executed. Not counted: norms, softmax, GELU and the front end (under 1 %), and
 what does not grow with the batch (weight norm and the transform of the positional kernel). The
-positional convolution counts as the matrix products that it is done with (`encoder.PositionalConv`):
-0.3 GFLOP where a direct convolution would take 4.7. Base, 10 s clip (496 tokens, 124 visible):
-forward of masked pre-training 46.0 GFLOP, of which the encoder 21.9; a step is three times that.
+positional convolution counts as the matrix products that it is done with (`position.py`): 0.3 GFLOP
+where a direct convolution would take 4.7. Base, 10 s clip (496 tokens, 124 visible): forward of
+masked pre-training 46.4 GFLOP, of which the encoder 22.1; a step is three times that.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 from beats_jax.checkpoint import load_params
 from beats_jax.data.pipeline import eval_batches
 from beats_jax.data.sources import Clips
-from beats_jax.fbank import BANDS, MIN_SAMPLES, PATCH_SIZE, FRAME_SHIFT, num_tokens
+from beats_jax.fbank import BANDS, FRAME_SHIFT, MIN_SAMPLES, PATCH_SIZE, num_tokens
 from beats_jax.models.beats import BEATs, token_padding_mask
 from beats_jax.stages import batch_patches, model_arguments, named_key
 
@@ -37,7 +37,7 @@ def load_encoder(stage_folder: str, untrained: bool = False) -> Encoder:
       FileNotFoundError: no checkpoint there.
     """
     params, meta = load_params(stage_folder)
-    config = ml_collections.ConfigDict(meta["config"])
+    config: Any = ml_collections.ConfigDict(meta["config"])
     model = BEATs(**model_arguments(config))
     weights = params["encoder"]
     if untrained:
@@ -72,7 +72,9 @@ def pooled_features(
     def pool(params, batch):
         patches = batch_patches(batch, encoder.mean, encoder.std)
         padding_mask = token_padding_mask(batch["num_samples"], patches.shape[1])
-        layers = encoder.model.apply({"params": params}, patches, padding_mask, all_layers=True)
+        layers: Any = encoder.model.apply(
+            {"params": params}, patches, padding_mask, all_layers=True
+        )
         valid = jnp.maximum(jnp.sum(~padding_mask, axis=1), 1)
         return jnp.sum(layers[layer].astype(jnp.float32), axis=1) / valid[:, None]
 

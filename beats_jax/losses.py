@@ -1,4 +1,4 @@
-"""Losses on logits, one value per token or clip; reduction is the caller's (sum and weight, see `stages`)."""
+"""Losses on logits, one value per token or clip; the caller reduces (see `stages`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m beats_jax.main --config=configs/iter1.py --workdir=W`: runs a config's stages in order.
+"""`python -m beats_jax.main --config=configs/iter1.py --workdir=W` runs a config's stages in order.
 
 Interrupted or killed, the same command goes on where it was. Flags override the config:
 `--config.pretrain.steps=40`. Exit codes: 0 done, 2 wrong usage, input or a failed write, 130/143
@@ -7,6 +7,7 @@ stopped by SIGINT/SIGTERM with everything saved.
 
 from __future__ import annotations
 
+import importlib.resources
 import logging
 import os
 import sys
@@ -55,7 +56,7 @@ def main(_: list[str]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; a config that is not here but came with the package is found there."""
-    packaged = Path(__file__).parent / "configs"
+    packaged = Path(str(importlib.resources.files("beats_jax.configs")))
 
     def resolve(arg: str) -> str:
         flag, _, path = arg.partition("=")
@@ -83,11 +84,8 @@ def run() -> None:
     try:
         app.run(main, flags_parser=_parse)
     except Exception as error:
-        if type(error).__name__ == "Interrupted":  # by name: its module imports JAX
-            log.warning("%s", error)
-            sys.exit(128 + error.signal_number)
         told = isinstance(error, (ValueError, OSError, FloatingPointError, flags.Error))
-        if not told or _TRACEBACK.present and _TRACEBACK.value:
+        if not told or (_TRACEBACK.present and _TRACEBACK.value):
             raise
         message = " ".join(str(error).split())
         print(f"beats_jax: {message} (--traceback shows where)", file=sys.stderr)

@@ -15,26 +15,22 @@ import optax
 def learning_rate(section: Any) -> optax.Schedule:
     """Linear warm-up from 0 to `lr`, then `schedule`: "linear" to 0 (the paper) or "cosine".
 
-    The first update uses lr / warmup_steps, the last one before `steps` a rate just above 0.
+    The first update uses lr / warmup_steps, the last one a rate just above 0. A run shorter than
+    its warm-up (a trial with few steps) only warms up.
 
     Args:
       section: a stage's config: `steps`, `lr`, `warmup_steps`, `schedule`.
 
     Raises:
-      ValueError: an unknown schedule, or a warm-up as long as the run.
+      ValueError: an unknown schedule.
     """
     steps, warmup, peak = section.steps, section.warmup_steps, section.lr
-    if warmup >= steps:
-        raise ValueError(
-            f"warmup_steps {warmup} leaves no training in steps {steps}; "
-            f"set --config.<stage>.warmup_steps={max(steps // 10, 0)}"
-        )
     if section.schedule not in ("linear", "cosine"):
         raise ValueError(f'schedule "{section.schedule}" is unknown; use "linear" or "cosine"')
     if section.schedule == "linear":
-        decay = optax.linear_schedule(peak, 0.0, steps - warmup)
+        decay = optax.linear_schedule(peak, 0.0, max(steps - warmup, 1))
     else:
-        decay = optax.cosine_decay_schedule(peak, steps - warmup)
+        decay = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
     if not warmup:
         return decay
     return optax.join_schedules([lambda step: peak * (step + 1) / warmup, decay], [warmup])

@@ -97,7 +97,11 @@ def check_batch_size(batch_size: int, micro_batches: int, mesh: Mesh, stage: str
 def local_rows(batch_size: int, mesh: Mesh) -> slice:
     """The rows of the global batch that this process's devices hold: all a host has to read."""
     indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
-    spans = [(s[0].start or 0, batch_size if s[0].stop is None else s[0].stop) for s in indices.values() if s]
+    spans = [
+        (s[0].start or 0, batch_size if s[0].stop is None else s[0].stop)
+        for s in indices.values()
+        if s
+    ]
     return slice(min(a for a, _ in spans), max(b for _, b in spans))
 
 

@@ -35,12 +35,12 @@ SHOWN = (
 )
 
 
-class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM, SIGINT), has saved its state and can go on later."""
+class Interrupted(SystemExit):
+    """The run was asked to stop, has saved its state and can go on: exit code 128 + signal."""
 
     def __init__(self, step: int, signal_number: int):
-        super().__init__(f"stopped and saved at step {step}; run the same command to go on")
-        self.signal_number = signal_number
+        super().__init__(128 + signal_number)
+        log.warning("stopped and saved at step %d; run the same command to go on", step)
 
 
 class Signals:
@@ -149,9 +149,18 @@ class Report:
         # disable=None: no bar where stderr is no terminal; the lines below take its place.
         self._bar = tqdm(initial=start, total=steps, desc=name, disable=None if chief else True)
 
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+        if self._writer:
+            self._writer.close()
+
     def write(self, step: int, record: Mapping[str, Any]) -> None:
-        """Writes one step's figures, and shows the main ones."""
-        if self._writer is None:
+        """One step further; writes its figures, if there are any, and shows the main ones."""
+        self._bar.update(step - self._bar.n)
+        if self._writer is None or not record:
             return
         self._writer.write(step, record)
         line = " ".join(f"{k} {record[k]:.4g}" for k in SHOWN if k in record)
@@ -161,16 +170,6 @@ class Report:
             self._bar.set_postfix_str(line)
         # Nothing is learned at first: a quarter into the run it should be, and once is enough.
         due = step == 0 or (step >= self._steps / 4 and not self._warned)
-        if record and due and (problem := self._warn(record)):
+        if due and (problem := self._warn(record)):
             self._warned = step > 0
             log.warning("step %d: %s", step, problem)
-
-    def advance(self) -> None:
-        """One step further on the bar."""
-        self._bar.update()
-
-    def close(self) -> None:
-        """Closes the files and the bar."""
-        self._bar.close()
-        if self._writer:
-            self._writer.close()

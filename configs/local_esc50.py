@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
                 mode="bestrq", codebook_size=1024, dim=16, pool=4, loudness_weight=0.1, seed=0
             ),
             pretrain=dict(
-                steps=3000,
+                steps=2000,
                 batch_size=32,
                 micro_batches=1,
                 lr=7e-4,
@@ -60,9 +60,9 @@ def get_config() -> ConfigDict:
                 predictor_layers=3,
                 label_smoothing=0.0,
                 calibration_batches=20,
-                save_every=250,
+                save_every=200,
                 log_every=25,
-                eval_every=250,
+                eval_every=200,
                 keep=2,
             ),
         )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from beats_jax.writers import read_metrics
 
@@ -34,15 +34,12 @@ TINY = {
 }
 
 
-def load_config(name: str) -> ConfigDict:
+def load_config(name: str) -> Any:
     """`configs/<name>.py` as the command line would load it."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
 
 
-def tiny_config(**overrides) -> ConfigDict:
+def tiny_config(**overrides: Any) -> Any:
     """`smoke`, made small; override fields by `a__b=value`."""
     config = load_config("smoke")
     changes = TINY | {name.replace("__", "."): value for name, value in overrides.items()}
@@ -50,7 +47,7 @@ def tiny_config(**overrides) -> ConfigDict:
     return config
 
 
-def tiny_flags(workdir: Path, config: str = "configs/smoke.py", **overrides) -> list[str]:
+def tiny_flags(workdir: Path, config: str = "configs/smoke.py", **overrides: Any) -> list[str]:
     """The command line of the same run."""
     changes = TINY | {name.replace("__", "."): value for name, value in overrides.items()}
     return [
@@ -92,9 +89,7 @@ def stop_after(command: list[str], metrics: Path, step: int, with_signal: signal
 
 def without_timing(folder: Path) -> list[dict[str, float]]:
     """metrics.jsonl, less what depends on the machine's speed."""
-    return [
-        {k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(folder)
-    ]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(folder)]
 
 
 def assert_trees_equal(a, b) -> None:
@@ -120,4 +115,6 @@ def assert_gradients_close(a, b, tolerance: float) -> None:
         if name.endswith("k_proj/bias"):
             assert max(np.max(np.abs(x)), np.max(np.abs(y))) <= 1e-7, name
         else:
-            np.testing.assert_allclose(x, y, atol=tolerance * np.max(np.abs(y)), rtol=0, err_msg=name)
+            # A tensor whose gradient nearly cancels is left with rounding of its terms: 1e-10.
+            atol = tolerance * np.max(np.abs(y)) + 1e-10
+            np.testing.assert_allclose(x, y, atol=atol, rtol=0, err_msg=name)

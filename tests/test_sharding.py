@@ -28,8 +28,11 @@ def sharded_config(**mesh):
     return config
 
 
-def one_step(config, devices):
+def one_step(config, devices, start=None):
+    """From a common state (a checkpoint is laid out anew in this way): what one step computes."""
     stage, frozen, data, state, step = build(config, devices)
+    if start is not None:
+        state = jax.device_put(start, jax.tree.map(lambda x: x.sharding, state))
     start = jax.device_get(state)
     batch = next(data.training(0))
     rng = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -49,7 +52,7 @@ def one_step(config, devices):
     feed = data.training(0)
     for _ in range(20):
         state, sums = step(state, frozen, next(feed))
-        losses.append(train._floats(sums)["loss"])
+        losses.append(train.floats(sums)["loss"])
     return host, losses
 
 
@@ -60,8 +63,10 @@ def reference():
 
 @pytest.mark.parametrize(("devices", "mesh"), MESHES)
 def test_another_mesh_trains_the_same(devices, mesh):
-    (start, loss, grads, stats, outputs, batch), losses = one_step(sharded_config(**mesh), devices)
     (start_1, loss_1, grads_1, stats_1, outputs_1, batch_1), losses_1 = reference()
+    (start, loss, grads, stats, outputs, batch), losses = one_step(
+        sharded_config(**mesh), devices, start_1
+    )
     jax.tree.map(np.testing.assert_array_equal, start, start_1)
     jax.tree.map(np.testing.assert_array_equal, batch, batch_1)  # ids and crops
     np.testing.assert_array_equal(outputs["valid"], outputs_1["valid"])  # masks
@@ -85,7 +90,9 @@ def test_wrong_sizes_say_what_to_set():
     with pytest.raises(ValueError, match=r"data=3 .* does not fit 8 devices; set one of --config"):
         sharding.make_mesh(3, 1, 1)
     mesh = sharding.make_mesh()
-    with pytest.raises(ValueError, match=r"20 does not divide over 8.*--config.pretrain.batch_size=16"):
+    with pytest.raises(
+        ValueError, match=r"20 does not divide over 8.*--config.pretrain.batch_size=16"
+    ):
         sharding.check_batch_size(20, 1, mesh, "pretrain")
     with pytest.raises(ValueError, match=r"× 3 micro-batches; set --config.pretrain.batch_size=24"):
         sharding.check_batch_size(32, 3, mesh, "pretrain")

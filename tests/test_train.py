@@ -1,6 +1,5 @@
-"""The loop: every stage learns, compiles once, adds micro-batches exactly and stops on a bad loss."""
+"""The loop: every stage learns, compiles once, adds micro-batches exactly, stops on a bad loss."""
 
-import itertools
 import json
 
 import jax
@@ -9,8 +8,9 @@ import numpy as np
 import pytest
 from runs import assert_gradients_close, assert_trees_equal, load_config, tiny_config
 
-from beats_jax import optim, sharding, train
+from beats_jax import optim, sharding, start, train
 from beats_jax.checkpoint import load_params
+from beats_jax.data.dataset import Data
 from beats_jax.models.tokenizer import init_random_projection
 from beats_jax.writers import read_metrics
 
@@ -23,10 +23,10 @@ def build(config, devices=1):
     mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[:devices])
     stage, frozen = train.STAGES["pretrain"](config)
     frozen = jax.device_put(frozen, sharding.replicated(mesh))
-    data = train.Data.open(config, section.batch_size, mesh, "unused")
+    data = Data.open(config, section.batch_size, mesh, "unused")
     tx, schedule = optim.make_optimizer(section)
-    init = train.state_maker(stage, tx, config.seed, data.calibration())
-    like = train.abstract_state(init, mesh)
+    init = start.state_maker(stage, tx, config.seed, next(data.calibration()))
+    like = start.abstract_state(init, mesh)
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
     step = train.make_train_step(
         stage, tx, schedule, config.seed, section.micro_batches, like, mesh
@@ -41,7 +41,7 @@ def test_loss_falls_on_one_repeated_batch():
     losses = []
     for _ in range(40):
         state, sums = step(state, frozen, batch)
-        losses.append(train._floats(sums)["loss"])
+        losses.append(train.floats(sums)["loss"])
     assert losses[0] > 6.5  # ln 1024 = 6.93: it starts by guessing
     assert losses[-1] < losses[0] - 1.5
 
@@ -66,7 +66,7 @@ def test_micro_batches_add_up_to_the_big_batch(micro_batches):
         config = tiny_config(input__backend="numpy", pretrain__micro_batches=n)
         _, frozen, data, state, step = build(config)
         state, sums = step(state, frozen, next(data.training(0)))
-        results.append((state, train._floats(sums)))
+        results.append((state, train.floats(sums)))
     (big, one), (small, many) = results
     assert one.keys() == many.keys()
     for name in one:
@@ -87,9 +87,7 @@ def test_a_bad_clip_stops_the_run_by_name_and_the_state_stays_good():
     after, sums = step(state, frozen, batch)
     assert not sums["finite"]
     assert_trees_equal(before, jax.device_get(after))
-    message = train._blame(
-        1, batch, sums, jax.jit(stage.eval_fn), after, frozen, data.train_clips
-    )
+    message = train.blame(1, batch, sums, jax.jit(stage.eval_fn), after, frozen, data.train_clips)
     index = int(batch["index"][3])
     assert f"loss of their own: {data.train_clips.ids[index]};" in message
 
@@ -130,8 +128,8 @@ def test_init_from_takes_the_weights_and_resume_the_whole_state(tmp_path):
     trained, _ = load_params(source)
 
     train.run_stage(tiny_config(**small, init_from=source), "pretrain", tmp_path / "b")
-    start, _ = load_params(f"{tmp_path}/b/iter1/pretrain@0")
-    assert_trees_equal(start, trained)
+    first, _ = load_params(f"{tmp_path}/b/iter1/pretrain@0")
+    assert_trees_equal(first, trained)
 
     more = tiny_config(**{**small, "pretrain__steps": 4}, resume=source)
     train.run_stage(more, "pretrain", tmp_path / "c")
@@ -162,18 +160,17 @@ def test_every_config_builds_and_traces_a_step(name):
     count = sum(np.prod(x.shape) for x in jax.tree.leaves(opt_state[1][0].mu["encoder"]))
     wanted = {"base": 90_311_792}.get(config.model.preset)
     assert count == wanted if wanted else count > 0
-    assert len((train.Path(__file__).parents[1] / "configs" / f"{name}.py").read_text().splitlines()) <= 80
+    assert (
+        len((train.Path(__file__).parents[1] / "configs" / f"{name}.py").read_text().splitlines())
+        <= 80
+    )
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
-    config = load_config("iter1").pretrain
-    rate = optim.learning_rate(config)
-    assert float(rate(0)) == pytest.approx(5e-4 / 32_000)
-    assert float(rate(31_999)) == pytest.approx(5e-4)
-    assert float(rate(32_000)) == pytest.approx(5e-4)
-    assert 0 < float(rate(399_999)) < 2e-9
-    values = [float(rate(s)) for s in itertools.chain(range(0, 400_000, 10_000))]
-    assert values[4:] == sorted(values[4:], reverse=True)
+    schedule = optim.learning_rate(load_config("iter1").pretrain)
+    rates = np.asarray([schedule(step) for step in (0, 31_999, 32_000, 216_000)])
+    np.testing.assert_allclose(rates, [5e-4 / 32_000, 5e-4, 5e-4, 2.5e-4], rtol=1e-5)
+    assert 0 < np.asarray(schedule(399_999)) < 2e-9
 
 
 def test_weight_decay_spares_what_is_no_matrix():

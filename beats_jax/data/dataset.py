@@ -1,16 +1,61 @@
-"""From a config's `data` section to clips: prepared once, split by a hash of the group."""
+"""From a config to batches on the mesh: clips prepared once, split by a hash of their group."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
+from beats_jax import sharding
 from beats_jax.data.order import held_out
+from beats_jax.data.pipeline import eval_batches, train_batches
 from beats_jax.data.sources import INDEX, Clips, open_clips
 from beats_jax.data.synthetic import synthetic_clips
+from beats_jax.fbank import SAMPLE_RATE
+
+CALIBRATION = 1_000_003  # what calibration saw says nothing about the order of training
+
+
+class Data(NamedTuple):
+    """The batches of a stage, already on the mesh; each method starts a new iterator."""
+
+    train_clips: Clips
+    val_clips: Clips
+    training: Callable[[int], Iterator[dict[str, jax.Array]]]  # from a step on, endless
+    calibration: Callable[[], Iterator[dict[str, jax.Array]]]  # a counter stream of its own
+    validation: Callable[[], Iterator[dict[str, jax.Array]]]  # once through the held-out clips
+
+    @classmethod
+    def open(cls, config: Any, batch_size: int, mesh: Mesh, workdir: str | Path) -> Data:
+        """Opens (and, the first time, prepares) the config's data."""
+        train_clips, val_clips = open_data(config.data, workdir)
+        common: dict[str, Any] = dict(
+            batch_size=batch_size,
+            clip_samples=round(config.data.clip_seconds * SAMPLE_RATE),
+            rows=sharding.local_rows(batch_size, mesh),
+            mean=config.data.mean,
+            std=config.data.std,
+            **config.input,
+        )
+
+        def on_mesh(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, jax.Array]]:
+            return (sharding.global_batch(batch, batch_size, mesh) for batch in batches)
+
+        def stream(seed: int, start: int = 0):
+            return on_mesh(train_batches(train_clips, seed=seed, start=start, **common))
+
+        return cls(
+            train_clips,
+            val_clips,
+            training=lambda start: stream(config.seed, start),
+            calibration=lambda: stream(config.seed + CALIBRATION),
+            validation=lambda: on_mesh(eval_batches(val_clips, **common)),
+        )
 
 
 def open_data(data: Any, workdir: str | Path) -> tuple[Clips, Clips]:

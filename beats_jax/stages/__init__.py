@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-
 import jax.numpy as jnp
 
 from beats_jax.fbank import fbank, patchify

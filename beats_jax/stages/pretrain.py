@@ -106,7 +106,7 @@ def make(
 
     def forward(params, patches, padding_mask, noise, rngs=None):
         visible, hidden = random_masking(noise, padding_mask, keep)
-        kwargs = dict(deterministic=rngs is None, rngs=rngs)
+        kwargs: dict[str, Any] = dict(deterministic=rngs is None, rngs=rngs)
         features = encoder.apply(
             {"params": params["encoder"]},
             patches,

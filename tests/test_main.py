@@ -1,0 +1,86 @@
+"""The command line of training: what a user gets wrong ends in one clear line and exit code 2."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT, environment, run, tiny_flags
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"data__source": "folder"}, "no audio named; set --config.data.dir=FOLDER"),
+        ({"data__source": "folder", "data__dir": "/nowhere"}, "/nowhere"),
+        ({"data__source": "folder", "data__dir": "EMPTY"}, "no audio in it"),
+        ({"data__source": "folder", "data__dir": "BROKEN"}, "none of the 1 files can be used"),
+        ({"data__source": "wav"}, 'data.source "wav" is unknown'),
+        ({"data__filter": "colour=red"}, "no column 'colour'; the columns are: "),
+        ({"pretrain__stepz": 3}, "stepz"),
+        ({"pretrain__steps": "many"}, "steps"),
+        ({"model__preset": "huge"}, 'model.preset "huge" is unknown; use one of tiny'),
+        ({"pretrain__batch_size": 9, "mesh__data": 1, "mesh__fsdp": 2}, "batch_size=8"),
+        ({"mesh__tensor": 5}, "does not fit 2 devices"),
+        ({"pretrain__positions": "here"}, 'positions "here" is unknown'),
+        ({"tokenizer__mode": "magic"}, "magic"),
+        ({"init_from": "/nowhere"}, "no checkpoint"),
+        ({"input__backend": "torch"}, "use 'tf' or 'numpy'"),
+    ],
+)
+def test_wrong_input_is_one_line(tmp_path, changes, wanted):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "noise.wav").write_bytes(b"this is no sound")
+    places = {"EMPTY": tmp_path / "empty", "BROKEN": tmp_path / "broken"}
+    changes = {name: places.get(value, value) for name, value in changes.items()}
+    done = run(tiny_flags(tmp_path / "run", **{"input__backend": "numpy", **changes}), devices=2)
+    assert wanted in last_line(done)
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = run(tiny_flags(tmp_path / "file" / "run", input__backend="numpy"))
+    assert str(tmp_path / "file") in last_line(done)
+
+
+def test_no_config_and_an_unknown_one(tmp_path):
+    main = (sys.executable, "-m", "beats_jax.main")
+    assert "--config=configs/smoke.py --workdir=/tmp/smoke" in last_line(run([*main]))
+    done = run([*main, "--config=configs/iter9.py", f"--workdir={tmp_path}"])
+    assert "no config configs/iter9.py; packaged ones: " in last_line(done)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
+    """RLIMIT_FSIZE stands for the disk: step 0's checkpoint fits below the limit or it does not."""
+    flags = tiny_flags(tmp_path, input__backend="numpy", pretrain__steps=4)
+    assert run(flags).returncode == 0
+    stage = tmp_path / "iter1" / "pretrain"
+    kept = sorted(p.name for p in (stage / "checkpoints").iterdir())
+    more = tiny_flags(tmp_path, input__backend="numpy", pretrain__steps=6)
+    limited = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{limited} os.execv(sys.executable, sys.argv[1:])", *more],
+        env=environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+        cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=240,
+    )  # fmt: skip
+    assert "could not be written" in last_line(done)
+    assert set(kept) <= {p.name for p in (stage / "checkpoints").iterdir()}
+    assert run(more).returncode == 0  # with room again, from the checkpoint that was left
+
+
+def test_a_packaged_config_is_found_from_any_directory(tmp_path):
+    flags = tiny_flags(tmp_path / "run", config="iter1")
+    flags = [flag for flag in flags if "num_clips" not in flag]
+    done = subprocess.run(
+        flags, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    assert "set --config.data.dir=FOLDER" in last_line(done)
+    assert os.listdir(tmp_path) == ["run"]

@@ -74,6 +74,12 @@ def _parse(argv: list[str]) -> list[str]:
         raise ValueError(f"wrong flag: {error}") from error
 
 
+def _unraisable(unraisable) -> None:
+    """Silences TensorStore's threads: after a failed write they all say this, by the hundred."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def run() -> None:
     """`main`, with whatever a user can cause told in one line."""
     handler = logging.StreamHandler()
@@ -81,6 +87,7 @@ def run() -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    sys.unraisablehook = _unraisable
     try:
         app.run(main, flags_parser=_parse)
     except Exception as error:
@@ -88,8 +95,8 @@ def run() -> None:
         if not told or (_TRACEBACK.present and _TRACEBACK.value):
             raise
         message = " ".join(str(error).split())
-        print(f"beats_jax: {message} (--traceback shows where)", file=sys.stderr)
-        sys.exit(2)
+        print(f"beats_jax: {message} (--traceback shows where)", file=sys.stderr, flush=True)
+        os._exit(2)  # not sys.exit: threads of a write that failed would have their say after it
 
 
 if __name__ == "__main__":

@@ -305,4 +305,9 @@ def _figure(
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:  # from a full disk it comes without the file's name
+        raise OSError(
+            error.errno, f"{error.strerror}; make room and start again", str(path)
+        ) from error

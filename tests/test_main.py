@@ -58,13 +58,13 @@ def test_no_config_and_an_unknown_one(tmp_path):
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
-    """RLIMIT_FSIZE stands for the disk: step 0's checkpoint fits below the limit or it does not."""
+    """RLIMIT_FSIZE stands for the disk: pictures (150 KB) still fit, the parameters do not."""
     flags = tiny_flags(tmp_path, input__backend="numpy", pretrain__steps=4)
     assert run(flags).returncode == 0
     stage = tmp_path / "iter1" / "pretrain"
     kept = sorted(p.name for p in (stage / "checkpoints").iterdir())
     more = tiny_flags(tmp_path, input__backend="numpy", pretrain__steps=6)
-    limited = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
+    limited = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000,) * 2);"
     done = subprocess.run(
         [sys.executable, "-c", f"{limited} os.execv(sys.executable, sys.argv[1:])", *more],
         env=environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"},

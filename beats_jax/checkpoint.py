@@ -9,12 +9,14 @@ mistaken for a checkpoint.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
 
 ITEMS = ("params", "opt_state", "model_state")
 
@@ -34,11 +36,24 @@ class Checkpoints:
     Args:
       folder: where the steps' folders lie; made if missing.
       keep: how many of the newest to keep.
+      keep_best: a held-out figure, such as "val_loss": its best checkpoint is kept too ("" = none;
+        the lowest where the name ends in "loss", else the highest).
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2):
+    def __init__(self, folder: str | Path, keep: int = 2, keep_best: str = ""):
+        self._keep_best = keep_best
+        policies: list[managers.PreservationPolicy] = [managers.LatestN(keep)]
+        if keep_best:
+            sign = -1 if keep_best.endswith("loss") else 1
+            best = managers.BestN(
+                get_metric_fn=lambda metrics: sign * metrics[keep_best],
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            policies.append(best)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=managers.AnyPreservationPolicy(policies),
+            best_fn=(lambda metrics: metrics[keep_best]) if keep_best else None,
             cleanup_tmp_directories=True,
         )
         self.folder = Path(folder).absolute()
@@ -50,8 +65,12 @@ class Checkpoints:
         """The newest finished checkpoint's step, None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+    def save(
+        self, state: TrainState, meta: dict[str, Any], figures: Mapping[str, float] | None = None
+    ) -> None:
         """Starts writing `state`; returns once its arrays are copied from the devices.
+
+        `figures` are what was measured at this step, for `keep_best`.
 
         Raises:
           OSError: this or the save before failed (disk full, say); older checkpoints are intact.
@@ -60,10 +79,11 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = {name: ocp.args.StandardSave(getattr(state, name)) for name in ITEMS}
+        args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
+        name = self._keep_best
+        metrics = {name: float(figures[name])} if name and figures and name in figures else None
         with _explained(self.folder, step):
-            self._manager.save(
-                step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)), force=True
-            )
+            self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON saved beside the arrays of `step`."""

@@ -54,14 +54,14 @@ def stats(parser: argparse.ArgumentParser) -> Run:
     example:
       beats-jax stats esc10 --filter 'fold!=5'
     """
-    parser.add_argument("data", metavar="DATA", help="a folder made by `prepare`")
+    parser.add_argument("data", metavar="DATA", nargs="+", help="folders made by `prepare`")
     parser.add_argument("--filter", default="", help="clips to take, as for `prepare`")
 
     def run(args: argparse.Namespace) -> int:
         from beats_jax.data.prepare import dataset_stats
-        from beats_jax.data.sources import open_clips
+        from beats_jax.data.sources import join, open_clips
 
-        clips = open_clips(args.data).select(args.filter)
+        clips = join({path: open_clips(path) for path in args.data}).select(args.filter)
         mean, std, frames = dataset_stats(clips)
         print(f"{len(clips)} clips, {frames} frames")
         print(f"--config.data.mean={mean:.5f} --config.data.std={std:.5f}")

@@ -54,7 +54,7 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
     frozen = jax.device_put(frozen, sharding.replicated(mesh))
     data = Data.open(config, section.batch_size, mesh, workdir)
     tx, schedule = make_optimizer(section)
-    checkpoints = Checkpoints(folder / "checkpoints", section.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", section.keep, section.keep_best)
     meta = start.describe(config, section, data.train_clips, folder)
     init = start.state_maker(stage, tx, config.seed, next(data.calibration()))
     like = start.abstract_state(init, mesh)
@@ -69,9 +69,10 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
     clock = Clock(done, section.batch_size, config.data.clip_seconds, stage.flops_per_clip)
     report = Report(folder, name, done, section.steps, restored, stage.warn)
 
-    def save(state: TrainState, step: int) -> None:
+    def save(state: TrainState, step: int, figures: dict[str, float]) -> None:
+        seen = {"examples_seen": step * section.batch_size}
         with clock.paused():
-            checkpoints.save(state, {**meta, "examples_seen": step * section.batch_size})
+            checkpoints.save(state, {**meta, **seen}, figures)
 
     def check_finite(step: int, batch: dict, sums: dict) -> None:
         if not sums["finite"]:
@@ -83,7 +84,7 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
             batches = data.calibration()
             state, summary = start.calibrate(stage, state, like, frozen, batches, section, config)
             report.write(0, summary)
-            save(state, 0)
+            save(state, 0, {})
         before = None
         for step in range(done + 1, section.steps + 1):
             with clock.waiting():
@@ -105,7 +106,7 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
             report.write(step, record)
             if step % section.save_every == 0 or last or interrupted:
                 check_finite(*before)
-                save(state, step)
+                save(state, step, record)
             if interrupted and not last:
                 checkpoints.wait()
                 raise Interrupted(step, interrupted)

@@ -68,6 +68,7 @@ def get_config() -> ConfigDict:
                 log_every=100,
                 eval_every=10_000,
                 keep=3,
+                keep_best="",
             ),
         )
     )

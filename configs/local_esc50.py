@@ -1,12 +1,12 @@
-"""A small model on one folder of real audio: an hour or two on two CPU cores.
+"""A small model on folders of real audio: an hour on two CPU cores.
 
-    beats-jax stats FOLDER      # the mean and std below are those of the ESC-50 subset
-    python -m beats_jax.main --config=configs/local_esc50.py --workdir=runs/esc50 \
-        --config.data.dir=FOLDER
+    beats-jax stats PREPARED…   # the mean and std below are those of ESC-50's and RAVDESS's clips
+    python -m beats_jax.main --config=configs/local_esc50.py --workdir=runs/local \
+        --config.data.dir=ESC50_FOLDER,RAVDESS_FOLDER
 
 Reproduces nothing of the paper: it shows that the loop learns, on audio a laptop can hold. README,
-"Results", has the curves and the probe it led to. FOLDER is any folder of audio, with or without a
-metadata.csv; `--config.data.filter="esc10=True,fold!=5"` selects rows of that file.
+"Results", has the curves and the probe it led to. A folder is any folder of audio, with or without
+a metadata.csv; `--config.data.filter="esc10=True,fold!=5"` selects rows of that file.
 """
 
 from ml_collections import ConfigDict
@@ -34,20 +34,20 @@ def get_config() -> ConfigDict:
                 filter="",
                 group="src_file",
                 val_fraction=0.1,
-                clip_seconds=5.0,
-                mean=11.90616,
-                std=10.63363,
+                clip_seconds=4.0,
+                mean=8.42069,
+                std=9.83390,
             ),
             input=dict(backend="tf", frontend="host", workers=1, prefetch=4),
             tokenizer=dict(
                 mode="bestrq", codebook_size=1024, dim=16, pool=4, loudness_weight=0.1, seed=0
             ),
             pretrain=dict(
-                steps=2000,
+                steps=1500,
                 batch_size=32,
                 micro_batches=1,
                 lr=7e-4,
-                warmup_steps=200,
+                warmup_steps=150,
                 schedule="linear",
                 b1=0.9,
                 b2=0.98,
@@ -60,10 +60,11 @@ def get_config() -> ConfigDict:
                 predictor_layers=3,
                 label_smoothing=0.0,
                 calibration_batches=20,
-                save_every=200,
+                save_every=100,
                 log_every=25,
-                eval_every=200,
+                eval_every=150,
                 keep=2,
+                keep_best="",
             ),
         )
     )

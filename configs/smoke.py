@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
                 log_every=10,
                 eval_every=100,
                 keep=2,
+                keep_best="",
             ),
         )
     )

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from beats_jax import sharding
 from beats_jax.data.order import held_out
 from beats_jax.data.pipeline import eval_batches, train_batches
-from beats_jax.data.sources import INDEX, Clips, open_clips
+from beats_jax.data.sources import INDEX, Clips, join, open_clips
 from beats_jax.data.synthetic import synthetic_clips
 from beats_jax.fbank import SAMPLE_RATE
 
@@ -62,8 +62,8 @@ def open_data(data: Any, workdir: str | Path) -> tuple[Clips, Clips]:
     """Training and held-out clips.
 
     A folder of audio is prepared into `<workdir>/data/` by process 0, a prepared one is read where
-    it is. Clips of one `group` (a metadata column, such as the source recording) are held out
-    together; without that column, or with group "", each file is its own group.
+    it is; several, with commas between them, are one set. Clips of one `group` (a metadata column,
+    such as the source recording) are held out together; without it each file is its own group.
 
     Args:
       data: `source` ("folder", "synthetic"), `dir`, `filter`, `group`, `val_fraction`,
@@ -77,22 +77,33 @@ def open_data(data: Any, workdir: str | Path) -> tuple[Clips, Clips]:
     if data.source == "synthetic":
         clips = synthetic_clips(data.num_clips, data.clip_seconds, seed=0)
     elif data.source == "folder":
-        clips = open_clips(_prepared(data.dir, Path(workdir) / "data"))
+        clips = _open_folders(data.dir, Path(workdir) / "data")
     else:
         raise ValueError(f'data.source "{data.source}" is unknown; use "folder" or "synthetic"')
     clips = clips.select(data.filter)
-    val = held_out(clips.columns.get(data.group, clips.ids), data.val_fraction)
+    groups = clips.columns.get(data.group, clips.ids)
+    groups = [group or own for group, own in zip(groups, clips.ids, strict=True)]
+    val = held_out(groups, data.val_fraction)
     return clips.select(keep=~val), clips.select(keep=val)
 
 
-def _prepared(folder: str, cache: Path) -> Path:
-    if not folder:
-        raise ValueError("no audio named; set --config.data.dir=FOLDER")
-    if (Path(folder) / INDEX).exists():
-        return Path(folder)
+def _open_folders(folders: str, cache: Path) -> Clips:
+    """One folder, or several with commas between them as one set."""
+    paths = [Path(folder.strip()) for folder in folders.split(",") if folder.strip()]
+    names = [path.resolve().name for path in paths]
+    if not paths:
+        raise ValueError("no audio named; set --config.data.dir=FOLDER (or FOLDER,FOLDER)")
+    if len(set(names)) < len(names):
+        raise ValueError(f"data.dir: folders need different names, got {', '.join(names)}")
+    sets = {n: open_clips(_prepared(p, cache / n)) for n, p in zip(names, paths, strict=True)}
+    return join(sets) if len(sets) > 1 else sets[names[0]]
+
+
+def _prepared(folder: Path, out: Path) -> Path:
+    if (folder / INDEX).exists():
+        return folder
     from beats_jax.data.prepare import prepare
 
-    out = cache / Path(folder).resolve().name
     if jax.process_index() == 0:
         prepare(folder, out)
     if jax.process_count() > 1:

@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,33 @@ class Clips:
             read=self.read,
             records=self.records[rows],
         )
+
+
+def join(parts: Mapping[str, Clips]) -> Clips:
+    """Several sets as one, in their order; a clip's id gets its set's name in front.
+
+    A column that a set does not have is empty text there.
+    """
+    sets = list(parts.values())
+    names = dict.fromkeys(name for clips in sets for name in clips.columns)
+    ends = np.cumsum([len(clips) for clips in sets])
+
+    def read(record: int) -> np.ndarray:
+        which = int(np.searchsorted(ends, record, side="right"))
+        clips, first = sets[which], (ends[which - 1] if which else 0)
+        return clips.read(int(clips.records[record - first]))
+
+    return Clips(
+        ids=[f"{name}/{i}" for name, clips in parts.items() for i in clips.ids],
+        num_samples=np.concatenate([clips.num_samples for clips in sets]),
+        columns={
+            name: [v for clips in sets for v in clips.columns.get(name, [""] * len(clips))]
+            for name in names
+        },
+        digests=[digest for clips in sets for digest in clips.digests],
+        read=read,
+        records=np.arange(ends[-1]),
+    )
 
 
 def matches(filter: str, columns: dict[str, list[str]], num_rows: int) -> np.ndarray:

@@ -22,7 +22,11 @@ from beats_jax.losses import cross_entropy
 from beats_jax.masking import random_masking
 from beats_jax.metrics import Histogram, Mean, Spread, summarize
 from beats_jax.models.beats import BEATs, Predictor, token_padding_mask
-from beats_jax.models.tokenizer import init_random_projection, random_projection_ids
+from beats_jax.models.tokenizer import (
+    init_random_projection,
+    level_mel_bins,
+    random_projection_ids,
+)
 from beats_jax.stages import Stage, batch_patches, example_noise, model_arguments, named_key
 
 COUNT_DECAY = 0.999  # of the running code counts: about the last 1000 batches
@@ -101,7 +105,9 @@ def make(
         padding_mask = token_padding_mask(batch["num_samples"], patches.shape[1])
         if "token_ids" in batch:
             return patches, padding_mask, batch["token_ids"]
-        ids = random_projection_ids(frozen["tokenizer"], patches, **tokenizer_options)
+        levelled = tokenizer_options["mode"] == "bestrq"
+        seen = level_mel_bins(patches, std) if levelled else patches
+        ids = random_projection_ids(frozen["tokenizer"], seen, **tokenizer_options)
         return patches, padding_mask, ids
 
     def forward(params, patches, padding_mask, noise, rngs=None):

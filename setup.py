@@ -34,7 +34,6 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
         "protobuf>=6.31,<8",
-        "safetensors>=0.5,<1",
         "scikit-learn>=1.6,<2",
         "soundfile>=0.13,<1",
         "tensorboardX>=2.6.4,<3",

@@ -8,7 +8,9 @@ mistaken for a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,9 +40,12 @@ class Checkpoints:
       keep: how many of the newest to keep.
       keep_best: a held-out figure, such as "val_loss": its best checkpoint is kept too ("" = none;
         the lowest where the name ends in "loss", else the highest).
+      read_only: somebody else's checkpoints: nothing is made or cleaned up.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2, keep_best: str = ""):
+    def __init__(
+        self, folder: str | Path, keep: int = 2, keep_best: str = "", read_only: bool = False
+    ):
         self._keep_best = keep_best
         policies: list[managers.PreservationPolicy] = [managers.LatestN(keep)]
         if keep_best:
@@ -54,7 +59,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy(policies),
             best_fn=(lambda metrics: metrics[keep_best]) if keep_best else None,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         self.folder = Path(folder).absolute()
         self._manager = ocp.CheckpointManager(
@@ -81,7 +87,8 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(getattr(state, name)) for name in ITEMS}
         args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
         name = self._keep_best
-        metrics = {name: float(figures[name])} if name and figures and name in figures else None
+        value = (figures or {}).get(name, math.nan)
+        metrics = {name: float(value)} if math.isfinite(value) else None
         with _explained(self.folder, step):
             self._manager.save(step, args=args, metrics=metrics, force=True)
 
@@ -127,6 +134,15 @@ class Checkpoints:
         with _explained(self.folder, None):
             self._manager.close()
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        # Whatever ended the run, the save in flight is finished; its own failure is told only if
+        # there is nothing else to tell.
+        with contextlib.suppress(*[OSError] if kind else []):
+            self.close()
+
 
 class _explained:
     """Turns whatever Orbax and TensorStore raise on a failed write into one OSError."""
@@ -142,7 +158,7 @@ class _explained:
             reason = str(error).strip().splitlines() or [kind.__name__]
             raise OSError(
                 f"{self._what} could not be written: {reason[0][:300]}; older checkpoints are "
-                f"intact: free space or choose another --workdir, then run the same command again"
+                f"intact: free space, then run the same command again"
             ) from error
 
 

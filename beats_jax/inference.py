@@ -35,11 +35,14 @@ def load_encoder(stage_folder: str, untrained: bool = False) -> Encoder:
 
     Raises:
       FileNotFoundError: no checkpoint there.
+      ValueError: `untrained`, and the run started from other weights.
     """
     params, meta = load_params(stage_folder)
     config: Any = ml_collections.ConfigDict(meta["config"])
     model = BEATs(**model_arguments(config))
     weights = params["encoder"]
+    if untrained and (config.init_from or config.resume):
+        raise ValueError(f"{stage_folder} did not start from scratch: it has no untrained encoder")
     if untrained:
         rng = named_key(jax.random.key(config.seed), "encoder")
         weights = jax.jit(model.init)(rng, jnp.zeros((1, BANDS, PATCH_SIZE**2)))["params"]

@@ -2,7 +2,7 @@
 
 Interrupted or killed, the same command goes on where it was. Flags override the config:
 `--config.pretrain.steps=40`. Exit codes: 0 done, 2 wrong usage, input or a failed write, 130/143
-stopped by SIGINT/SIGTERM with everything saved.
+stopped by SIGINT/SIGTERM, while training with everything saved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from ml_collections import config_flags
 EXAMPLE = "python -m beats_jax.main --config=configs/smoke.py --workdir=/tmp/smoke"
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file: configs/smoke.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and plots go.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, on every host.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "host:port of process 0, on every host; auto: ask the cluster (TPU, Slurm).",
+)
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes take part.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "An error shows its traceback, not one line.")
@@ -35,6 +39,8 @@ def main(_: list[str]) -> None:
     config = _CONFIG.value
     if config is None or not _WORKDIR.value:
         raise ValueError(f"--config=FILE and --workdir=FOLDER are both needed, as in: {EXAMPLE}")
+    if "://" in _WORKDIR.value:
+        raise ValueError(f"--workdir={_WORKDIR.value}: give a local or mounted folder")
     if config.deterministic:  # before JAX makes its backend
         os.environ["XLA_FLAGS"] = (
             os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
@@ -45,7 +51,11 @@ def main(_: list[str]) -> None:
     if cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    if _COORDINATOR.value:
+    if config.precision == "float32":  # accelerators multiply in TF32 or bfloat16 otherwise
+        jax.config.update("jax_default_matmul_precision", "highest")
+    if _COORDINATOR.value == "auto":
+        jax.distributed.initialize()
+    elif _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
     from beats_jax import train
@@ -60,13 +70,14 @@ def _parse(argv: list[str]) -> list[str]:
 
     def resolve(arg: str) -> str:
         flag, _, path = arg.partition("=")
-        if flag.lstrip("-") == "config" and path and not Path(path).exists():
-            inside = packaged / Path(path).with_suffix(".py").name
-            if not inside.exists():
-                known = sorted(p.stem for p in packaged.glob("[a-z]*.py"))
-                raise ValueError(f"no config {path}; packaged ones: {', '.join(known)}")
-            return f"{flag}={inside}"
-        return arg
+        if flag.lstrip("-") != "config" or not path or Path(path).exists():
+            return arg
+        inside = packaged / Path(path).with_suffix(".py").name
+        if str(Path(path).parent) not in (".", "configs") or not inside.exists():
+            known = sorted(p.stem for p in packaged.glob("[a-z]*.py"))
+            raise ValueError(f"no config {path}; packaged ones: {', '.join(known)}")
+        log.info("config: %s", inside)
+        return f"{flag}={inside}"
 
     try:
         return flags.FLAGS([resolve(arg) for arg in argv])
@@ -90,8 +101,13 @@ def run() -> None:
     sys.unraisablehook = _unraisable
     try:
         app.run(main, flags_parser=_parse)
+    except KeyboardInterrupt:
+        print("beats_jax: interrupted before training", file=sys.stderr, flush=True)
+        os._exit(130)
     except Exception as error:
-        told = isinstance(error, (ValueError, OSError, FloatingPointError, flags.Error))
+        told = isinstance(
+            error, (ValueError, OSError, ImportError, FloatingPointError, flags.Error)
+        )
         if not told or (_TRACEBACK.present and _TRACEBACK.value):
             raise
         message = " ".join(str(error).split())

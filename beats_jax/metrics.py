@@ -48,7 +48,7 @@ class Histogram(NamedTuple):
     """How often each of K codes occurred, e.g. the acoustic tokens of a batch.
 
     Attributes:
-        counts: [K] int32 in the step; summed over many batches on the host in a wider type.
+        counts: [K], int32 or float32.
     """
 
     counts: Array

@@ -81,6 +81,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def metrics_and_rows(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
+    """For a function of a batch that returns sums, wanted everywhere, and rows, left in place."""
+    return replicated(mesh), NamedSharding(mesh, BATCH)
+
+
 def check_batch_size(batch_size: int, micro_batches: int, mesh: Mesh, stage: str) -> None:
     """Raises ValueError, with the nearest size that works, when a batch cannot be cut evenly."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -25,9 +26,14 @@ from beats_jax.stages import Stage
 
 
 def state_maker(
-    stage: Stage, tx: optax.GradientTransformation, seed: int, example: dict[str, jax.Array]
+    stage: Stage, tx: optax.GradientTransformation, seed: int, clip_samples: int
 ) -> Callable[[], TrainState]:
     """A function that makes the untrained state: pure, so that it can be traced for shapes."""
+    example = {
+        "waveform": np.zeros((1, clip_samples), np.int16),
+        "num_samples": np.full(1, clip_samples, np.int32),
+        "counter": np.zeros(1, np.uint32),
+    }
 
     def init() -> TrainState:
         params, model_state = stage.init(jax.random.key(seed), example)
@@ -55,31 +61,30 @@ def starting_state(
 ) -> tuple[TrainState, bool]:
     """Where the weights come from, decided here and nowhere else.
 
-    In this order: the newest checkpoint of the own workdir; `config.resume`, a stage folder whose
-    whole state is taken over; `config.init_from`, a stage folder whose weights start a new run;
-    scratch.
+    In this order: the newest checkpoint of the own workdir; `config.resume`, a stage folder (or
+    `…@STEP`) whose whole state is taken over, also onto other data; `config.init_from`, one whose
+    weights start a new run; scratch.
 
     Returns:
       The state, and whether it was restored (so that nothing is calibrated or logged anew).
 
     Raises:
-      ValueError: the checkpoint was made with another seed, batch size or dataset.
+      ValueError: the checkpoint was made with another seed, batch size or dataset, or with other
+        tokens or another front end.
     """
     step = checkpoints.latest_step()
     if step is not None:
-        before = checkpoints.meta(step)
-        for key in ("seed", "batch_size", "dataset_fingerprint"):
-            if before[key] != meta[key]:
-                raise ValueError(
-                    f"{checkpoints.folder} was trained with {key} {before[key]}, this run has "
-                    f"{meta[key]}: the order of the data would change; take the old value back "
-                    f"or another --workdir"
-                )
+        keys = ("seed", "batch_size", "dataset_fingerprint")
+        _check_same_run(checkpoints, step, meta, keys)
         return checkpoints.restore(step, like), True
     if config.resume:
-        other = Checkpoints(Path(config.resume) / "checkpoints")
-        if (step := other.latest_step()) is None:
+        path, _, wanted = config.resume.partition("@")
+        if not (Path(path) / "checkpoints").is_dir():
+            raise FileNotFoundError(f"config.resume: {path} is no stage folder (W/iter1/pretrain)")
+        other = Checkpoints(Path(path) / "checkpoints", read_only=True)
+        if (step := int(wanted) if wanted else other.latest_step()) is None:
             raise FileNotFoundError(f"config.resume: no checkpoint in {other.folder}")
+        _check_same_run(other, step, meta, ("seed", "batch_size"))
         return other.restore(step, like), True
     shardings = jax.tree.map(lambda x: x.sharding, like)
     state = jax.jit(init, out_shardings=shardings)()
@@ -90,6 +95,32 @@ def starting_state(
             raise ValueError(f"config.init_from: {config.init_from} holds another model's shapes")
         state = state._replace(params=jax.device_put(params, shardings.params))
     return state, False
+
+
+# What the targets and the inputs are made with: a run that changed them would be another run.
+FIXED = ("tokenizer", "data.clip_seconds", "data.mean", "data.std")
+
+
+def _check_same_run(
+    checkpoints: Checkpoints, step: int, meta: dict[str, Any], keys: tuple[str, ...]
+) -> None:
+    before = checkpoints.meta(step)
+    for key in keys:
+        if before[key] != meta[key]:
+            raise ValueError(
+                f"{checkpoints.folder} was trained with {key} {before[key]}, this run has "
+                f"{meta[key]}: the order of the data would change; take the old value back or "
+                f"another --workdir"
+            )
+    for name in FIXED:
+        old, new = before["config"], meta["config"]
+        for part in name.split("."):
+            old, new = old[part], new[part]
+        if old != new:
+            raise ValueError(
+                f"{checkpoints.folder} was trained with config.{name} {old}, this run has {new}: "
+                f"take the old value back or another --workdir"
+            )
 
 
 def calibrate(
@@ -111,11 +142,13 @@ def calibrate(
     return state._replace(model_state=jax.device_put(model_state, where)), seen
 
 
-def describe(config: Any, section: Any, clips: Clips, folder: Path) -> dict[str, Any]:
-    """Writes `config.json`: all that is needed to know what made this folder. Returns the meta."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True)
-    meta = {
+def describe(config: Any, section: Any, clips: Clips) -> dict[str, Any]:
+    """All that is needed to know what made a stage folder: its `config.json`."""
+    root = Path(__file__).parents[1]
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    in_clone = (root / ".git").exists() and shutil.which("git")
+    git = in_clone and subprocess.run(command, capture_output=True, text=True)
+    return {
         "seed": config.seed,
         "batch_size": section.batch_size,
         "dataset_fingerprint": clips.fingerprint,
@@ -127,6 +160,3 @@ def describe(config: Any, section: Any, clips: Clips, folder: Path) -> dict[str,
         },
         "git_commit": git.stdout.strip() if git else "",
     }
-    if jax.process_index() == 0:
-        (folder / "config.json").write_text(json.dumps(meta, indent=1))
-    return meta

@@ -7,6 +7,7 @@ step is a function of (seed, step), every random number of (seed, step, name).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 from beats_jax import plots, sharding, start
 from beats_jax.checkpoint import Checkpoints, TrainState
 from beats_jax.data.dataset import Data
+from beats_jax.data.sources import Clips
 from beats_jax.fbank import unpatchify
 from beats_jax.metrics import Histogram, summarize
 from beats_jax.optim import make_optimizer
@@ -46,7 +48,7 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
       FloatingPointError: the loss is not finite; nothing was saved after the last good step.
       Interrupted: SIGTERM or SIGINT; the state is saved.
     """
-    section, folder = config[name], Path(workdir) / config.iteration / name
+    section, folder = checked_section(config, name), Path(workdir) / config.iteration / name
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(section.batch_size, section.micro_batches, mesh, name)
@@ -55,16 +57,18 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
     data = Data.open(config, section.batch_size, mesh, workdir)
     tx, schedule = make_optimizer(section)
     checkpoints = Checkpoints(folder / "checkpoints", section.keep, section.keep_best)
-    meta = start.describe(config, section, data.train_clips, folder)
-    init = start.state_maker(stage, tx, config.seed, next(data.calibration()))
+    meta = start.describe(config, section, data.train_clips)
+    init = start.state_maker(stage, tx, config.seed, data.clip_samples)
     like = start.abstract_state(init, mesh)
     state, restored = start.starting_state(config, init, like, checkpoints, meta)
-    done = int(state.step)
+    done, chief = int(state.step), jax.process_index() == 0
+    if chief:
+        (folder / "config.json").write_text(json.dumps(meta, indent=1))
 
     train_step = make_train_step(
         stage, tx, schedule, config.seed, section.micro_batches, like, mesh
     )
-    eval_step = jax.jit(stage.eval_fn, out_shardings=sharding.replicated(mesh))
+    eval_step = jax.jit(stage.eval_fn, out_shardings=sharding.metrics_and_rows(mesh))
     feed = data.training(done)
     clock = Clock(done, section.batch_size, config.data.clip_seconds, stage.flops_per_clip)
     report = Report(folder, name, done, section.steps, restored, stage.warn)
@@ -76,16 +80,17 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
 
     def check_finite(step: int, batch: dict, sums: dict) -> None:
         if not sums["finite"]:
-            clips = data.train_clips
-            raise FloatingPointError(blame(step, batch, sums, eval_step, state, frozen, clips))
+            bad = bad_clips(eval_step(state.params, state.model_state, frozen, batch)[1], batch)
+            raise FloatingPointError(blame(step, sums, data.train_clips, bad, folder))
 
-    with Signals() as signals, report:
+    with Signals() as signals, report, checkpoints:
         if not restored:
             batches = data.calibration()
             state, summary = start.calibrate(stage, state, like, frozen, batches, section, config)
             report.write(0, summary)
             save(state, 0, {})
         before = None
+        clock.restart(done)
         for step in range(done + 1, section.steps + 1):
             with clock.waiting():
                 batch = next(feed)
@@ -93,6 +98,9 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
                 state, sums = train_step(state, frozen, batch)
             if before:  # one step late, so that the device never waits for the host
                 check_finite(*before)
+            else:
+                jax.block_until_ready(state)
+                clock.restart(step)
             before = (step, batch, sums)
 
             last = step == section.steps
@@ -100,19 +108,39 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
             record: dict[str, float] = {}
             if step % section.log_every == 0 or last:
                 record = {**floats(sums), **clock.rates(step)}
-            if data.val_clips and (step % section.eval_every == 0 or last):
+            evaluated = len(data.val_clips) > 0 and (step % section.eval_every == 0 or last)
+            if evaluated:
                 with clock.paused():
                     record |= evaluate(eval_step, state, frozen, data.validation(), folder, step)
             report.write(step, record)
-            if step % section.save_every == 0 or last or interrupted:
+            if chief and (evaluated or last):
+                with clock.paused():
+                    plots.plot_curves(read_metrics(folder), folder / "plots" / "curves.png")
+            best_wanted = evaluated and section.keep_best
+            if step % section.save_every == 0 or last or interrupted or best_wanted:
                 check_finite(*before)
                 save(state, step, record)
-            if interrupted and not last:
+            if interrupted:
                 checkpoints.wait()
                 raise Interrupted(step, interrupted)
-    checkpoints.close()
-    if jax.process_index() == 0:
-        plots.plot_curves(read_metrics(folder), folder / "plots" / "curves.png")
+
+
+def checked_section(config: Any, name: str) -> Any:
+    """The stage's section of the config.
+
+    Raises:
+      ValueError: no such stage, or a number that no run can have.
+    """
+    if name not in STAGES or name not in config:
+        known = ", ".join(stage for stage in STAGES if stage in config)
+        raise ValueError(f'config.stages names "{name}"; this config can run: {known}')
+    for field in ("steps", "batch_size", "micro_batches", "save_every", "log_every", "eval_every"):
+        if config[name][field] < 1:
+            raise ValueError(f"{name}.{field} is {config[name][field]}; want at least 1")
+    best = config[name].keep_best
+    if best and not best.startswith("val_"):
+        raise ValueError(f'{name}.keep_best "{best}" is no held-out figure; use "val_loss"')
+    return config[name]
 
 
 def make_train_step(
@@ -195,7 +223,8 @@ def evaluate(
         metrics, outputs = eval_step(state.params, state.model_state, frozen, batch)
         metrics = jax.device_get(metrics)
         if total is None and jax.process_index() == 0:
-            first = jax.tree.map(lambda x: np.asarray(x[0]), outputs)
+            # Row 0 lies on this process's first device: no computation of one process alone.
+            first = {name: np.asarray(x.addressable_data(0))[0] for name, x in outputs.items()}
             plots.plot_example(
                 unpatchify(first["patches"]),
                 first["valid"],
@@ -219,19 +248,23 @@ def floats(sums: dict[str, Any]) -> dict[str, float]:
     return {**figures, "lr": float(sums["lr"]), "grad_norm": float(sums["grad_norm"])}
 
 
-def blame(
-    step: int, batch: dict, sums: dict, eval_step: Callable, state: TrainState, frozen: Any, clips
-) -> str:
-    """The message for a step whose loss was not finite, with the clips whose own loss is not."""
+def bad_clips(outputs: dict[str, jax.Array], batch: dict[str, jax.Array]) -> np.ndarray:
+    """Positions in the data of the batch's clips whose own loss is not finite."""
+    nll, valid, index = (
+        multihost_utils.process_allgather(x, tiled=True)
+        for x in (outputs["nll"], outputs["valid"], batch["index"])
+    )
+    return index[~np.isfinite(np.where(valid, nll, 0.0)).all(axis=1)]
+
+
+def blame(step: int, sums: dict[str, Any], clips: Clips, bad: np.ndarray, folder: Path) -> str:
+    """The message for a step whose loss was not finite."""
     figures = floats(sums)
-    _, outputs = eval_step(state.params, state.model_state, frozen, batch)
-    bad = ~np.isfinite(np.where(outputs["valid"], outputs["nll"], 0.0)).all(axis=1)
-    index = multihost_utils.process_allgather(batch["index"], tiled=True)
-    names = ", ".join(clips.ids[i] for i in index[bad][:8])
+    names = ", ".join(clips.ids[i] for i in bad[:8])
     return (
         f"loss {figures['loss']} at step {step} (learning rate {figures['lr']:.3g}, gradient norm "
         f"{figures['grad_norm']:.3g}); "
         + (f"clips with a non-finite loss of their own: {names}" if names else "no clip stands out")
-        + "; the newest checkpoint is good: lower the learning rate or remove those clips, "
-        "then run the same command again"
+        + "; the newest checkpoint is good: lower the learning rate and run the same command "
+        f"again, or leave clips out with --workdir=NEW --config.resume={folder}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import signal
 import time
@@ -40,7 +41,8 @@ class Interrupted(SystemExit):
 
     def __init__(self, step: int, signal_number: int):
         super().__init__(128 + signal_number)
-        log.warning("stopped and saved at step %d; run the same command to go on", step)
+        if jax.process_index() == 0:
+            log.warning("stopped and saved at step %d; run the same command to go on", step)
 
 
 class Signals:
@@ -90,7 +92,11 @@ class Clock:
         self._peak = peak and peak * jax.device_count()
         self._batch_size, self._clip_seconds = batch_size, clip_seconds
         self._flops_per_clip = flops_per_clip
-        self._step, self._since, self._paused, self._waited = start, time.perf_counter(), 0.0, 0.0
+        self.restart(start)
+
+    def restart(self, step: int) -> None:
+        """Forgets what was before `step`: the first one compiles."""
+        self._step, self._since, self._paused, self._waited = step, time.perf_counter(), 0.0, 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -111,7 +117,7 @@ class Clock:
         device's peak is known, mfu (analytic FLOPs over the bf16 peak)."""
         now = time.perf_counter()
         seconds = max(now - self._since - self._paused, 1e-9)
-        clips_per_s = (step - self._step) * self._batch_size / seconds
+        clips_per_s = (step - self._step) * self._batch_size / seconds if step > self._step else 0.0
         rates = {
             "clips_per_s": clips_per_s,
             "audio_hours_per_hour": clips_per_s * self._clip_seconds,
@@ -119,7 +125,7 @@ class Clock:
         }
         if self._peak and self._flops_per_clip:
             rates["mfu"] = clips_per_s * self._flops_per_clip / self._peak
-        self._step, self._since, self._paused, self._waited = step, now, 0.0, 0.0
+        self.restart(step)
         return rates
 
 
@@ -144,6 +150,7 @@ class Report:
         warn: Callable[[Mapping[str, float]], str | None],
     ):
         self._name, self._steps, self._warn, self._warned = name, steps, warn, False
+        self._start, self._began = start, time.monotonic()
         chief = jax.process_index() == 0
         self._writer = Writer(folder, start if restored else None) if chief else None
         # disable=None: no bar where stderr is no terminal; the lines below take its place.
@@ -165,7 +172,9 @@ class Report:
         self._writer.write(step, record)
         line = " ".join(f"{k} {record[k]:.4g}" for k in SHOWN if k in record)
         if self._bar.disable:
-            log.info("%s %d/%d %s", self._name, step, self._steps, line)
+            per_step = (time.monotonic() - self._began) / max(step - self._start, 1)
+            eta = datetime.timedelta(seconds=round(per_step * (self._steps - step)))
+            log.info("%s %d/%d %s eta %s", self._name, step, self._steps, line, eta)
         else:
             self._bar.set_postfix_str(line)
         # Nothing is learned at first: a quarter into the run it should be, and once is enough.

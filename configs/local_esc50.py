@@ -32,13 +32,14 @@ def get_config() -> ConfigDict:
                 source="folder",
                 dir="",
                 filter="",
+                num_clips=512,  # of synthetic sounds
                 group="src_file",
                 val_fraction=0.1,
                 clip_seconds=4.0,
                 mean=8.42069,
                 std=9.83390,
             ),
-            input=dict(backend="tf", frontend="host", workers=1, prefetch=4),
+            input=dict(backend="tf", frontend="auto", workers=1, prefetch=4),
             tokenizer=dict(
                 mode="bestrq", codebook_size=1024, dim=16, pool=4, loudness_weight=0.1, seed=0
             ),

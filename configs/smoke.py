@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
                 mean=15.41663,
                 std=6.55582,
             ),
-            input=dict(backend="tf", frontend="host", workers=1, prefetch=4),
+            input=dict(backend="tf", frontend="auto", workers=1, prefetch=4),
             tokenizer=dict(
                 mode="bestrq", codebook_size=1024, dim=16, pool=4, loudness_weight=0.1, seed=0
             ),

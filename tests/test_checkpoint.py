@@ -42,7 +42,7 @@ def test_the_saved_values_are_those_of_the_moment_of_saving(tmp_path):
     """The next step donates the arrays while the save is still being written."""
     bump = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=5)
-    state = state_at(0, size=1500)
+    state = jax.tree.map(jnp.copy, state_at(0, size=1500))
     for step in range(3):
         checkpoints.save(state, {})
         for _ in range(2):

@@ -31,6 +31,9 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
         ({"pretrain__positions": "here"}, 'positions "here" is unknown'),
         ({"tokenizer__mode": "magic"}, "magic"),
         ({"init_from": "/nowhere"}, "no checkpoint"),
+        ({"resume": "/nowhere"}, "is no stage folder"),
+        ({"stages": "('finetune',)"}, "this config can run: pretrain"),
+        ({"pretrain__log_every": 0}, "pretrain.log_every is 0"),
         ({"input__backend": "torch"}, "use 'tf' or 'numpy'"),
     ],
 )
@@ -55,6 +58,8 @@ def test_no_config_and_an_unknown_one(tmp_path):
     assert "--config=configs/smoke.py --workdir=/tmp/smoke" in last_line(run([*main]))
     done = run([*main, "--config=configs/iter9.py", f"--workdir={tmp_path}"])
     assert "no config configs/iter9.py; packaged ones: " in last_line(done)
+    done = run([*main, "--config=my/iter1.py", f"--workdir={tmp_path}"])
+    assert "no config my/iter1.py; packaged ones: " in last_line(done)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from beats_jax.data.sources import Clips, list_source, matches, open_clips
+from beats_jax.data.sources import Clips, join, list_source, matches, open_clips
 from beats_jax.data.synthetic import synthetic_clips
 
 COLUMNS = {"fold": ["1", "2", "3", "4"], "esc10": ["True", "False", "True", ""]}
@@ -55,6 +55,28 @@ def test_select_is_a_view(clips):
     for view, wanted in ((chosen, rows), (again, rows[1:])):
         for got, want in zip(view.fetch(np.arange(len(wanted))), clips.fetch(wanted), strict=True):
             np.testing.assert_array_equal(got, want)
+
+
+def test_join_reads_each_set_where_it_is(clips):
+    first, second = clips.select("fold=1"), clips.select("fold!=1")
+    second = Clips(**{**vars(second), "columns": {"speaker": ["anna"] * len(second)}})
+    both = join({"a": first, "b": second})
+    assert both.ids == [f"a/{i}" for i in first.ids] + [f"b/{i}" for i in second.ids]
+    assert both.columns["fold"] == ["1"] * len(first) + [""] * len(second)
+    assert both.columns["speaker"] == [""] * len(first) + ["anna"] * len(second)
+    last = len(both) - 1
+    for got, wanted in zip(
+        both.fetch(np.array([last, 0, len(first)])),
+        second.fetch(np.array([len(second) - 1])) + first.fetch(np.array([0]))
+        + second.fetch(np.array([0])),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_array_equal(got, wanted)
+    assert (
+        len({both.fingerprint, first.fingerprint, join({"b": second, "a": first}).fingerprint}) == 3
+    )
+    some = both.select("speaker=anna")
+    np.testing.assert_array_equal(some.fetch(np.array([0]))[0], second.fetch(np.array([0]))[0])
 
 
 def test_fetch_takes_any_order_and_repeats(clips):

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from beats_jax.fbank import fbank, patchify
-from beats_jax.models.tokenizer import init_random_projection, random_projection_ids
+from beats_jax.fbank import MEL_BANKS, STD, fbank, patchify, unpatchify
+from beats_jax.models.tokenizer import (
+    init_random_projection,
+    level_mel_bins,
+    random_projection_ids,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 DIMS = {"bestrq": 16, "paper": 256, "espnet": 256}
@@ -126,6 +130,32 @@ def test_bad_arguments(patches):
         init_random_projection(0, pool=2)
     with pytest.raises(ValueError, match="pool is 4 with mode 'paper'"):
         init_random_projection(0, pool=4, mode="paper")
+
+
+def test_levelled_bins_of_noise_are_flat():
+    noise = np.random.default_rng(0).normal(0, 0.1, (8, 32000)).astype(np.float32)
+    patches = jnp.asarray(patchify(fbank(noise)))
+    plain, level = (unpatchify(x).mean((0, 1)) for x in (patches, level_mel_bins(patches, STD)))
+    # What is left is smooth: pre-emphasis, and that the log of fewer FFT bins' power lies lower.
+    steps, left = (np.max(np.abs(np.diff(x))) for x in (plain, level))
+    assert steps > 1.5 and left < 0.1  # the empty bin read the floor
+    weight = MEL_BANKS.sum(0)
+    full = weight > 0
+    wanted = plain[full] - np.log(weight[full]) / (2 * STD)
+    np.testing.assert_allclose(level[full], wanted, atol=1e-5)
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("pool", [1, 4])
+def test_levelled_bins_free_the_lowest_band_on_real_audio(pool):
+    folder = Path(os.environ["BEATS_JAX_DATA"]) / "esc50" / "audio"
+    clips = [soundfile.read(path, dtype="float32")[0] for path in sorted(folder.glob("*"))[::12]]
+    patches = jnp.asarray(np.concatenate([patchify(fbank(clip)) for clip in clips]))
+    params = init_random_projection(7, pool=pool)
+    plain = np.asarray(random_projection_ids(params, patches))
+    level = np.asarray(random_projection_ids(params, level_mel_bins(patches, STD)))
+    assert usage(level)[0] > 1.1 * usage(plain)[0]
+    assert usage(plain[::8])[1] > 0.4 and usage(level[::8])[1] < 0.2  # of the lowest band
 
 
 @pytest.mark.realdata

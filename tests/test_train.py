@@ -25,7 +25,7 @@ def build(config, devices=1):
     frozen = jax.device_put(frozen, sharding.replicated(mesh))
     data = Data.open(config, section.batch_size, mesh, "unused")
     tx, schedule = optim.make_optimizer(section)
-    init = start.state_maker(stage, tx, config.seed, next(data.calibration()))
+    init = start.state_maker(stage, tx, config.seed, data.clip_samples)
     like = start.abstract_state(init, mesh)
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
     step = train.make_train_step(
@@ -44,6 +44,50 @@ def test_loss_falls_on_one_repeated_batch():
         losses.append(train.floats(sums)["loss"])
     assert losses[0] > 6.5  # ln 1024 = 6.93: it starts by guessing
     assert losses[-1] < losses[0] - 1.5
+
+
+def test_bfloat16_computes_the_same_step_roughly_and_keeps_float32_parameters():
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        config = tiny_config(input__backend="numpy", precision=precision)
+        _, frozen, data, state, step = build(config)
+        state, sums = step(state, frozen, next(data.training(0)))
+        losses[precision] = train.floats(sums)["loss"]
+        assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"pretrain__positions": "compact"},
+        {"pretrain__mask_token": "zeros"},
+        {"pretrain__label_smoothing": 0.1},
+        {"input__frontend": "host"},
+        {"tokenizer__mode": "paper", "tokenizer__dim": 256, "tokenizer__pool": 1},
+        {"tokenizer__mode": "espnet", "tokenizer__dim": 256, "tokenizer__pool": 1},
+        {"model__layerdrop": 0.5, "remat": "dots_with_no_batch_dims_saveable"},
+    ],
+)
+def test_every_option_changes_the_loss_and_stays_finite(option):
+    losses = []
+    for changes in ({}, option):
+        config = tiny_config(input__backend="numpy", **changes)
+        stage, frozen = train.STAGES["pretrain"](config)
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        data = Data.open(config, 8, mesh, "unused")
+        batch = next(data.training(0))
+        params, model_state = jax.jit(stage.init)(jax.random.key(0), batch)
+        loss, weight, _ = jax.jit(stage.loss_fn)(
+            params, model_state, frozen, batch, jax.random.key(1)
+        )
+        losses.append(float(loss / weight))
+    assert np.all(np.isfinite(losses))
+    if "input__frontend" in option:
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    else:
+        assert losses[0] != losses[1]
 
 
 def test_two_tokenizers_one_compilation():
@@ -76,8 +120,8 @@ def test_micro_batches_add_up_to_the_big_batch(micro_batches):
     assert_gradients_close(small.opt_state[1][0].mu, big.opt_state[1][0].mu, 1e-5)
 
 
-def test_a_bad_clip_stops_the_run_by_name_and_the_state_stays_good():
-    config = tiny_config(input__backend="numpy")
+def test_a_bad_clip_stops_the_run_by_name_and_the_state_stays_good(tmp_path):
+    config = tiny_config(input__backend="numpy", input__frontend="host")
     stage, frozen, data, state, step = build(config)
     batch = dict(next(data.training(0)))
     patches = np.array(batch["patches"])
@@ -87,7 +131,9 @@ def test_a_bad_clip_stops_the_run_by_name_and_the_state_stays_good():
     after, sums = step(state, frozen, batch)
     assert not sums["finite"]
     assert_trees_equal(before, jax.device_get(after))
-    message = train.blame(1, batch, sums, jax.jit(stage.eval_fn), after, frozen, data.train_clips)
+    _, outputs = jax.jit(stage.eval_fn)(after.params, after.model_state, frozen, batch)
+    bad = train.bad_clips(outputs, batch)
+    message = train.blame(1, sums, data.train_clips, bad, tmp_path)
     index = int(batch["index"][3])
     assert f"loss of their own: {data.train_clips.ids[index]};" in message
 

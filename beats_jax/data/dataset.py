@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from beats_jax.data.sources import INDEX, Clips, join, open_clips
 from beats_jax.data.synthetic import synthetic_clips
 from beats_jax.fbank import SAMPLE_RATE
 
+log = logging.getLogger("beats_jax")
+
 CALIBRATION = 1_000_003  # what calibration saw says nothing about the order of training
 
 
@@ -26,6 +29,7 @@ class Data(NamedTuple):
 
     train_clips: Clips
     val_clips: Clips
+    clip_samples: int
     training: Callable[[int], Iterator[dict[str, jax.Array]]]  # from a step on, endless
     calibration: Callable[[], Iterator[dict[str, jax.Array]]]  # a counter stream of its own
     validation: Callable[[], Iterator[dict[str, jax.Array]]]  # once through the held-out clips
@@ -34,13 +38,17 @@ class Data(NamedTuple):
     def open(cls, config: Any, batch_size: int, mesh: Mesh, workdir: str | Path) -> Data:
         """Opens (and, the first time, prepares) the config's data."""
         train_clips, val_clips = open_data(config.data, workdir)
+        clip_samples = round(config.data.clip_seconds * SAMPLE_RATE)
+        options = dict(config.input)
+        if options["frontend"] == "auto":  # TensorFlow on the host, or JAX where the model runs
+            options["frontend"] = "host" if options["backend"] == "tf" else "device"
         common: dict[str, Any] = dict(
             batch_size=batch_size,
-            clip_samples=round(config.data.clip_seconds * SAMPLE_RATE),
+            clip_samples=clip_samples,
             rows=sharding.local_rows(batch_size, mesh),
             mean=config.data.mean,
             std=config.data.std,
-            **config.input,
+            **options,
         )
 
         def on_mesh(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, jax.Array]]:
@@ -52,6 +60,7 @@ class Data(NamedTuple):
         return cls(
             train_clips,
             val_clips,
+            clip_samples,
             training=lambda start: stream(config.seed, start),
             calibration=lambda: stream(config.seed + CALIBRATION),
             validation=lambda: on_mesh(eval_batches(val_clips, **common)),
@@ -102,10 +111,18 @@ def _open_folders(folders: str, cache: Path) -> Clips:
 def _prepared(folder: Path, out: Path) -> Path:
     if (folder / INDEX).exists():
         return folder
+    if not folder.exists() and (out / INDEX).exists():
+        log.warning("%s is gone; going on with what was prepared from it in %s", folder, out)
+        return out
     from beats_jax.data.prepare import prepare
 
     if jax.process_index() == 0:
-        prepare(folder, out)
+        report = prepare(folder, out)
+        if report.skipped:
+            log.warning(
+                "%s: %d of %d files skipped, listed in %s",
+                *(folder, report.skipped, report.listed, out / "report.json"),
+            )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("data prepared")
     return out

@@ -90,6 +90,7 @@ def random_projection_ids(
     mode: str = "bestrq",
     loudness_weight: float = 0.1,
     corpus_mean: float = 0.0,
+    std: float | None = None,
 ) -> jax.Array:
     """Labels patches with the nearest random code.
 
@@ -104,12 +105,15 @@ def random_projection_ids(
         mode: as in init_random_projection.
         loudness_weight: weight of the patch mean ("bestrq").
         corpus_mean: mean of the normalised log-mel over the corpus ("bestrq").
+        std: of the log-mel, to level its bins first (`level_mel_bins`; "bestrq", [..., L, 256]);
+            None = as they are.
 
     Returns:
         int32 [...], in [0, codebook_size).
     """
     x = patches.astype(jnp.float32)
     if mode == "bestrq":
+        x = x if std is None else level_mel_bins(x, std)
         x = _scale_loudness(_pool(x, params["projection"].shape[0]), loudness_weight, corpus_mean)
         # the codes have unit length, so the largest product is the largest cosine
         scores = _matmul(_matmul(x, params["projection"]), params["codebook"].T)

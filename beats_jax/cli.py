@@ -108,6 +108,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+def _call(args: argparse.Namespace) -> int:
+    return args.run(args)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit code."""
     if sys.stdin is None:  # closed: a pipe would get its number, and workers close theirs
@@ -125,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser.set_defaults(run=command(subparser), prog=subparser.prog)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        return _call(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"{args.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

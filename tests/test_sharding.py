@@ -8,10 +8,19 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from runs import ROOT, assert_gradients_close, environment, run, tiny_config, tiny_flags
+from runs import (
+    ROOT,
+    assert_gradients_close,
+    assert_trees_equal,
+    environment,
+    run,
+    tiny_config,
+    tiny_flags,
+)
 from test_train import build
 
 from beats_jax import sharding, train
+from beats_jax.checkpoint import Checkpoints
 from beats_jax.writers import read_metrics
 
 MESHES = [
@@ -84,6 +93,17 @@ def test_parameters_lie_as_the_table_says():
     assert layer["final_layer_norm"]["scale"].sharding.spec == P()
     moments = state.opt_state[1][0].mu["encoder"]["encoder"]["layers_0"]
     assert moments["fc1"]["kernel"].sharding.spec == P("fsdp", "tensor")
+
+
+def test_a_checkpoint_is_restored_onto_another_mesh_bit_equal(tmp_path):
+    *_, one, _ = build(sharded_config(), 1)
+    *_, many, _ = build(sharded_config(data=2, fsdp=2, tensor=2), 8)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), many)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(one, {})
+        restored = checkpoints.restore(0, like)
+    assert_trees_equal(jax.device_get(restored), jax.device_get(one))
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, many)
 
 
 def test_wrong_sizes_say_what_to_set():

@@ -174,7 +174,8 @@ class Report:
         if self._bar.disable:
             per_step = (time.monotonic() - self._began) / max(step - self._start, 1)
             eta = datetime.timedelta(seconds=round(per_step * (self._steps - step)))
-            log.info("%s %d/%d %s eta %s", self._name, step, self._steps, line, eta)
+            left = f" eta {eta}" if step > self._start else ""
+            log.info("%s %d/%d %s%s", self._name, step, self._steps, line, left)
         else:
             self._bar.set_postfix_str(line)
         # Nothing is learned at first: a quarter into the run it should be, and once is enough.

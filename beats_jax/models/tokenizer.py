@@ -89,22 +89,21 @@ def random_projection_ids(
     *,
     mode: str = "bestrq",
     loudness_weight: float = 0.1,
-    corpus_mean: float = 0.0,
     std: float | None = None,
 ) -> jax.Array:
     """Labels patches with the nearest random code.
 
-    In "bestrq" mode a patch's mean m is scaled down first, x - m + loudness_weight (m -
-    corpus_mean): with its full loudness the 1024 codes collapse to a few dozen. Then l2 norm on
-    both sides. "paper" projects the patch as it is; "espnet" normalises after each of its two
-    projections. In float32 at the highest precision, because a code's margin can be small.
+    In "bestrq" mode a patch's mean m is scaled down first, x - m + loudness_weight m: with its full
+    loudness the 1024 codes collapse to a few dozen. (The corpus mean is 0 once the log-mel is
+    normalised by its own statistics: `beats-jax stats`.) Then l2 norm on both sides. "paper"
+    projects the patch as it is; "espnet" normalises after each of its two projections. In float32
+    at the highest precision, because a code's margin can be small.
 
     Args:
         params: of init_random_projection, for the same mode; the pooling follows from their shapes.
         patches: [..., 256], normalised log-mel as ``fbank.patchify`` gives it.
         mode: as in init_random_projection.
         loudness_weight: weight of the patch mean ("bestrq").
-        corpus_mean: mean of the normalised log-mel over the corpus ("bestrq").
         std: of the log-mel, to level its bins first (`level_mel_bins`; "bestrq", [..., L, 256]);
             None = as they are.
 
@@ -114,7 +113,7 @@ def random_projection_ids(
     x = patches.astype(jnp.float32)
     if mode == "bestrq":
         x = x if std is None else level_mel_bins(x, std)
-        x = _scale_loudness(_pool(x, params["projection"].shape[0]), loudness_weight, corpus_mean)
+        x = _scale_loudness(_pool(x, params["projection"].shape[0]), loudness_weight)
         # the codes have unit length, so the largest product is the largest cosine
         scores = _matmul(_matmul(x, params["projection"]), params["codebook"].T)
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
@@ -140,9 +139,9 @@ def _pool(x: jax.Array, pixels: int) -> jax.Array:
     return boxes.mean((-3, -1)).reshape(*x.shape[:-1], pixels)
 
 
-def _scale_loudness(x: jax.Array, weight: float, corpus_mean: float) -> jax.Array:
+def _scale_loudness(x: jax.Array, weight: float) -> jax.Array:
     mean = x.mean(-1, keepdims=True)
-    return x - mean + weight * (mean - corpus_mean)
+    return x - mean + weight * mean
 
 
 def _standardise(x: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """The analytic cost of a step, against figures worked out by hand and against XLA's own count."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,7 +12,8 @@ from beats_jax.models.beats import PRESETS, BEATs, Predictor
 
 def base():
     encoder = BEATs(**PRESETS["base"])
-    return encoder, Predictor(**encoder.settings() | {"num_layers": 3})
+    settings: dict[str, Any] = encoder.settings() | {"num_layers": 3}
+    return encoder, Predictor(**settings)
 
 
 def test_base_costs_what_method_md_derives():
@@ -27,5 +30,5 @@ def test_count_agrees_with_xla():
     model = BEATs(num_layers=3, embed_dim=256, ffn_dim=1024, num_heads=4, patch_dim=256)
     patches = jax.ShapeDtypeStruct((8, 496, 256), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), patches)
-    cost = jax.jit(model.apply).lower(params, patches).cost_analysis()
+    cost: Any = jax.jit(model.apply).lower(params, patches).cost_analysis()
     assert cost["flops"] / 8 == pytest.approx(encoder_flops(model, 496), rel=0.08)

@@ -19,11 +19,18 @@ import jax.numpy as jnp
 from beats_jax.fbank import BANDS, SAMPLE_RATE, num_tokens
 from beats_jax.flops import encoder_flops, predictor_flops
 from beats_jax.losses import cross_entropy
-from beats_jax.masking import random_masking
+from beats_jax.masking import Visible, random_masking
 from beats_jax.metrics import Histogram, Mean, Spread, summarize
 from beats_jax.models.beats import BEATs, Predictor, token_padding_mask
 from beats_jax.models.tokenizer import init_random_projection, random_projection_ids
-from beats_jax.stages import Stage, batch_patches, example_noise, model_arguments, named_key
+from beats_jax.stages import (
+    Metrics,
+    Stage,
+    batch_patches,
+    example_noise,
+    model_arguments,
+    named_key,
+)
 
 COUNT_DECAY = 0.999  # of the running code counts: about the last 1000 batches
 LOW_PERPLEXITY = 50.0  # below this most patches share a few dozen codes
@@ -64,6 +71,45 @@ def unigram(counts: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, jax.Arr
     log_probs = jnp.log((counts + 1) / jnp.sum(counts + 1, axis=-1, keepdims=True))
     loss = -log_probs[band, token_ids]
     return loss, jnp.argmax(counts, axis=-1)[band] == token_ids
+
+
+def measure(
+    counts: jax.Array,
+    token_ids: jax.Array,
+    padding_mask: jax.Array,
+    predictions: tuple[jax.Array, Visible, jax.Array, jax.Array],
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, jax.Array, Metrics, dict[str, jax.Array]]:
+    """Loss and figures of one batch's predictions.
+
+    Args:
+      counts: [8, K], the unigram's.
+      token_ids: int32 [B, L].
+      padding_mask: bool [B, L], True = padding.
+      predictions: features [B, K', D], the visible tokens, hidden bool [B, L] (to predict), and
+        logits [B, L, K].
+      label_smoothing: of the loss.
+
+    Returns:
+      Sum of the loss over hidden tokens, their number, metrics, and per token: `nll`, `valid`
+      (hidden) and `predicted_ids`, each [B, L].
+    """
+    features, visible, hidden, logits = predictions
+    num_codes = logits.shape[-1]
+    nll = cross_entropy(logits, token_ids, label_smoothing)
+    predicted = jnp.argmax(logits, axis=-1)
+    guess_loss, guess_right = unigram(counts, token_ids)
+    metrics = {
+        "loss": Mean.of(nll, hidden),
+        "masked_accuracy": Mean.of(predicted == token_ids, hidden),
+        "unigram_loss": Mean.of(guess_loss, hidden),
+        "unigram_accuracy": Mean.of(guess_right, hidden),
+        "code": Histogram(jnp.sum(band_counts(token_ids, ~padding_mask, num_codes), axis=0)),
+        "predicted_code": Histogram.of(predicted, num_codes, hidden),
+        "feature_std": _spread(features, visible.valid),
+    }
+    tokens = {"nll": nll, "valid": hidden, "predicted_ids": predicted}
+    return *metrics["loss"], metrics, tokens
 
 
 def make(
@@ -109,7 +155,7 @@ def make(
     def forward(params, patches, padding_mask, noise, rngs=None):
         visible, hidden = random_masking(noise, padding_mask, keep)
         kwargs: dict[str, Any] = dict(deterministic=rngs is None, rngs=rngs)
-        features = encoder.apply(
+        features: Any = encoder.apply(
             {"params": params["encoder"]},
             patches,
             padding_mask,
@@ -117,7 +163,7 @@ def make(
             compact=positions == "compact",
             **kwargs,
         )
-        logits = predictor.apply(
+        logits: Any = predictor.apply(
             {"params": params["predictor"]},
             features,
             visible,
@@ -126,25 +172,6 @@ def make(
             **kwargs,
         )
         return features, visible, hidden, logits
-
-    def measure(
-        model_state, token_ids, padding_mask, features, visible, hidden, logits, smoothing=0.0
-    ):
-        nll = cross_entropy(logits, token_ids, smoothing)
-        predicted = jnp.argmax(logits, axis=-1)
-        guess_loss, guess_right = unigram(model_state["band_counts"], token_ids)
-        counts = band_counts(token_ids, ~padding_mask, num_codes)
-        metrics = {
-            "loss": Mean.of(nll, hidden),
-            "masked_accuracy": Mean.of(predicted == token_ids, hidden),
-            "unigram_loss": Mean.of(guess_loss, hidden),
-            "unigram_accuracy": Mean.of(guess_right, hidden),
-            "code": Histogram(jnp.sum(counts, axis=0)),
-            "predicted_code": Histogram.of(predicted, num_codes, hidden),
-            "feature_std": _spread(features, visible.valid),
-        }
-        outputs = {"nll": nll, "valid": hidden, "predicted_ids": predicted}
-        return *metrics["loss"], ({"band_counts": counts}, metrics), outputs
 
     def init(rng, batch):
         patches = batch_patches(batch, mean, std)
@@ -181,8 +208,12 @@ def make(
         # The first example's counter tells micro-batches of one step apart.
         dropout = jax.random.fold_in(named_key(rng, "dropout"), batch["counter"][0])
         rngs = {"dropout": dropout, "layerdrop": named_key(rng, "layerdrop")}
-        out = forward(params, patches, padding_mask, noise, rngs)
-        return measure(model_state, token_ids, padding_mask, *out, label_smoothing)[:3]
+        predictions = forward(params, patches, padding_mask, noise, rngs)
+        loss_sum, weight, metrics, _ = measure(
+            model_state["band_counts"], token_ids, padding_mask, predictions, label_smoothing
+        )
+        stats = {"band_counts": band_counts(token_ids, ~padding_mask, num_codes)}
+        return loss_sum, weight, (stats, metrics)
 
     def update_fn(model_state, stats):
         counts = COUNT_DECAY * model_state["band_counts"] + stats["band_counts"]
@@ -192,12 +223,12 @@ def make(
         patches, padding_mask, token_ids = inputs(frozen, batch)
         # One fixed mask a clip, so that evaluations at different steps compare.
         noise = example_noise(jax.random.key(0), batch["counter"], patches.shape[1])
-        features, visible, hidden, logits = forward(params, patches, padding_mask, noise)
-        *_, (_, metrics), outputs = measure(
-            model_state, token_ids, padding_mask, features, visible, hidden, logits
+        predictions = forward(params, patches, padding_mask, noise)
+        *_, metrics, tokens = measure(
+            model_state["band_counts"], token_ids, padding_mask, predictions
         )
-        outputs |= {"patches": patches, "token_ids": token_ids, "padding_mask": padding_mask}
-        return metrics, outputs
+        seen = {"patches": patches, "token_ids": token_ids, "padding_mask": padding_mask}
+        return metrics, tokens | seen
 
     return Stage(init, calibrate, loss_fn, update_fn, eval_fn, warn, flops_per_clip)
 

@@ -109,6 +109,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _call(args: argparse.Namespace) -> int:
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what does not concern a reader
     return args.run(args)
 
 

@@ -98,9 +98,6 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
                 state, sums = train_step(state, frozen, batch)
             if before:  # one step late, so that the device never waits for the host
                 check_finite(*before)
-            else:
-                jax.block_until_ready(state)
-                clock.restart(step)
             before = (step, batch, sums)
 
             last = step == section.steps
@@ -120,6 +117,8 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
             if step % section.save_every == 0 or last or interrupted or best_wanted:
                 check_finite(*before)
                 save(state, step, record)
+            if step == done + 1:
+                clock.restart(step)  # it compiled: no rate to go by
             if interrupted:
                 checkpoints.wait()
                 raise Interrupted(step, interrupted)

@@ -95,7 +95,7 @@ class Clock:
         self.restart(start)
 
     def restart(self, step: int) -> None:
-        """Forgets what was before `step`: the first one compiles."""
+        """Forgets the time up to `step`."""
         self._step, self._since, self._paused, self._waited = step, time.perf_counter(), 0.0, 0.0
 
     @contextlib.contextmanager
@@ -117,7 +117,7 @@ class Clock:
         device's peak is known, mfu (analytic FLOPs over the bf16 peak)."""
         now = time.perf_counter()
         seconds = max(now - self._since - self._paused, 1e-9)
-        clips_per_s = (step - self._step) * self._batch_size / seconds if step > self._step else 0.0
+        clips_per_s = (step - self._step) * self._batch_size / seconds
         rates = {
             "clips_per_s": clips_per_s,
             "audio_hours_per_hour": clips_per_s * self._clip_seconds,

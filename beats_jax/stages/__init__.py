@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from beats_jax.fbank import fbank, patchify
 from beats_jax.models.beats import PRESETS
 
-Tree = Any
 Batch = Mapping[str, jax.Array]
 Metrics = Mapping[str, Any]  # name -> metrics.Mean | Histogram | Spread: they add
 

@@ -75,8 +75,8 @@ def unigram(counts: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, jax.Arr
 
 def measure(
     counts: jax.Array,
+    seen: jax.Array,
     token_ids: jax.Array,
-    padding_mask: jax.Array,
     predictions: tuple[jax.Array, Visible, jax.Array, jax.Array],
     label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, Metrics, dict[str, jax.Array]]:
@@ -84,8 +84,8 @@ def measure(
 
     Args:
       counts: [8, K], the unigram's.
+      seen: [8, K], the batch's own (`band_counts`).
       token_ids: int32 [B, L].
-      padding_mask: bool [B, L], True = padding.
       predictions: features [B, K', D], the visible tokens, hidden bool [B, L] (to predict), and
         logits [B, L, K].
       label_smoothing: of the loss.
@@ -95,7 +95,6 @@ def measure(
       (hidden) and `predicted_ids`, each [B, L].
     """
     features, visible, hidden, logits = predictions
-    num_codes = logits.shape[-1]
     nll = cross_entropy(logits, token_ids, label_smoothing)
     predicted = jnp.argmax(logits, axis=-1)
     guess_loss, guess_right = unigram(counts, token_ids)
@@ -104,8 +103,8 @@ def measure(
         "masked_accuracy": Mean.of(predicted == token_ids, hidden),
         "unigram_loss": Mean.of(guess_loss, hidden),
         "unigram_accuracy": Mean.of(guess_right, hidden),
-        "code": Histogram(jnp.sum(band_counts(token_ids, ~padding_mask, num_codes), axis=0)),
-        "predicted_code": Histogram.of(predicted, num_codes, hidden),
+        "code": Histogram(jnp.sum(seen, axis=0)),
+        "predicted_code": Histogram.of(predicted, logits.shape[-1], hidden),
         "feature_std": _spread(features, visible.valid),
     }
     tokens = {"nll": nll, "valid": hidden, "predicted_ids": predicted}
@@ -209,11 +208,11 @@ def make(
         dropout = jax.random.fold_in(named_key(rng, "dropout"), batch["counter"][0])
         rngs = {"dropout": dropout, "layerdrop": named_key(rng, "layerdrop")}
         predictions = forward(params, patches, padding_mask, noise, rngs)
+        seen = band_counts(token_ids, ~padding_mask, num_codes)
         loss_sum, weight, metrics, _ = measure(
-            model_state["band_counts"], token_ids, padding_mask, predictions, label_smoothing
+            model_state["band_counts"], seen, token_ids, predictions, label_smoothing
         )
-        stats = {"band_counts": band_counts(token_ids, ~padding_mask, num_codes)}
-        return loss_sum, weight, (stats, metrics)
+        return loss_sum, weight, ({"band_counts": seen}, metrics)
 
     def update_fn(model_state, stats):
         counts = COUNT_DECAY * model_state["band_counts"] + stats["band_counts"]
@@ -224,11 +223,10 @@ def make(
         # One fixed mask a clip, so that evaluations at different steps compare.
         noise = example_noise(jax.random.key(0), batch["counter"], patches.shape[1])
         predictions = forward(params, patches, padding_mask, noise)
-        *_, metrics, tokens = measure(
-            model_state["band_counts"], token_ids, padding_mask, predictions
-        )
-        seen = {"patches": patches, "token_ids": token_ids, "padding_mask": padding_mask}
-        return metrics, tokens | seen
+        seen = band_counts(token_ids, ~padding_mask, num_codes)
+        *_, metrics, tokens = measure(model_state["band_counts"], seen, token_ids, predictions)
+        shown = {"patches": patches, "token_ids": token_ids, "padding_mask": padding_mask}
+        return metrics, tokens | shown
 
     return Stage(init, calibrate, loss_fn, update_fn, eval_fn, warn, flops_per_clip)
 

@@ -29,9 +29,17 @@ CASES = (
 def state_dict(name: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The cfg and the weights behind fixture `name`; raises if they are not the reference's."""
     spec = json.loads((FIXTURES / f"{name}.spec.json").read_text())
-    state = {}
+    state, overrides = {}, {}
+    if "overrides" in spec:
+        with np.load(FIXTURES / spec["overrides"]) as arrays:
+            overrides = {key: arrays[key].astype(np.float32) for key in arrays.files}
     for key, entry in spec["params"].items():
-        state[key] = state[entry["of"]] if entry["kind"] == "alias" else _draw(spec, key, entry)
+        if key in overrides:
+            state[key] = overrides[key]
+        elif entry["kind"] == "alias":
+            state[key] = state[entry["of"]]
+        else:
+            state[key] = _draw(spec["seed"], key, entry)
     digest = hashlib.sha256()
     for key in sorted(state):
         digest.update(key.encode())
@@ -41,12 +49,19 @@ def state_dict(name: str) -> tuple[dict, dict[str, np.ndarray]]:
     return spec["cfg"], state
 
 
-def _draw(spec: dict, key: str, entry: dict) -> np.ndarray:
-    if entry["kind"] != "plain":
-        raise RuntimeError(f"{key} is of kind {entry['kind']!r}, which no committed fixture uses")
-    stream = np.random.SeedSequence([spec["seed"], zlib.crc32(key.encode())])
+def _draw(seed: int, key: str, entry: dict) -> np.ndarray:
+    if entry["kind"] == "one":
+        return np.ones(entry["shape"], np.float32)
+    stream = np.random.SeedSequence([seed, zlib.crc32(key.encode())])
     unit = np.random.Generator(np.random.PCG64(stream)).random(tuple(entry["shape"]))
-    return (entry["mean"] + entry["std"] * math.sqrt(3.0) * (2.0 * unit - 1.0)).astype(np.float32)
+    value = entry["mean"] + entry["std"] * math.sqrt(3.0) * (2.0 * unit - 1.0)
+    if entry["kind"] == "abs":
+        value = np.abs(value)
+    elif entry["kind"] == "l2":
+        value = value / np.sqrt(np.sum(value * value, axis=-1, keepdims=True))
+    elif entry["kind"] != "plain":
+        raise RuntimeError(f"{key} is of kind {entry['kind']!r}, which no fixture uses")
+    return value.astype(np.float32)
 
 
 def case(name: str, case_name: str) -> dict[str, np.ndarray]:

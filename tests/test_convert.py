@@ -1,16 +1,22 @@
 """Official checkpoints to our parameters: strict about keys, shapes and settings."""
 
+import pickle
+import zipfile
+from functools import partial
 from typing import Any
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import official
 import pytest
 
-from beats_jax.convert import encoder_from_official
-from beats_jax.models.beats import PRESETS, BEATs
+from beats_jax import convert
+from beats_jax.convert import encoder_from_official, load_official
+from beats_jax.fbank import patchify
+from beats_jax.models.beats import PRESETS, BEATs, official_token_mask
 
 TABLE = "encoder.layers.2.self_attn.relative_attention_bias.weight"
 
@@ -124,3 +130,207 @@ def test_settings_that_do_not_fit(checkpoint, setting, message):
     cfg, state = checkpoint
     with pytest.raises(ValueError, match=message):
         encoder_from_official(state, cfg | setting)
+
+
+KINDS = {"dev_encoder": "encoder", "dev_finetuned": "finetuned", "dev_tokenizer": "tokenizer"}
+
+
+def assert_trees_equal(got, want):
+    jax.tree.map(partial(np.testing.assert_array_equal, strict=True), got, want)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_load_official(name):
+    cfg, state = official.state_dict(name)
+    loaded = load_official(official.FIXTURES / f"{name}.pt")
+    own = {k: v for k, v in state.items() if not k.startswith(("predictor", "quantize"))}
+    model, params = encoder_from_official(own, cfg)
+    assert (loaded.kind, loaded.model, loaded.cfg) == (KINDS[name], model, cfg)
+    assert_trees_equal(loaded.params["encoder"], params)
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(loaded.params))
+    layers = {"encoder": {}, "finetuned": {"head": "predictor"}}
+    layers |= {"tokenizer": {f"quantize_layer_{i}": f"quantize_layer.{i}" for i in (0, 2)}}
+    assert loaded.params.keys() == {"encoder", *layers[loaded.kind]}
+    for ours, key in layers[loaded.kind].items():
+        want = {"kernel": state[f"{key}.weight"].T, "bias": state[f"{key}.bias"]}
+        assert_trees_equal(loaded.params[ours], want)
+
+
+def test_what_only_some_kinds_have():
+    encoder, finetuned, tokenizer = (load_official(official.FIXTURES / f"{k}.pt") for k in KINDS)
+    assert encoder.labels == tokenizer.labels == {}
+    assert list(finetuned.labels) == list(range(527))
+    assert all(label.startswith("/m/") for label in finetuned.labels.values())
+    assert encoder.codebook is finetuned.codebook is None
+    want = official.state_dict("dev_tokenizer")[1]["quantize.embedding.weight"]
+    np.testing.assert_array_equal(tokenizer.codebook, want, strict=True)
+
+
+def test_the_legacy_format_is_the_same_encoder():
+    new, old = (
+        load_official(official.FIXTURES / f"dev_encoder{kind}.pt") for kind in ("", "_legacyformat")
+    )
+    assert (new.kind, new.model, new.cfg) == (old.kind, old.model, old.cfg)
+    assert_trees_equal(new.params, old.params)
+
+
+@pytest.mark.parametrize("name", official.CASES)
+def test_tokenizer_features(name):
+    """What the official tokenizer quantises, not yet normalised: within 3e-5, as its features."""
+    case = official.case("dev_tokenizer", name)
+    fbank = official.case("dev_encoder", name)["fbank"]
+    loaded = load_official(official.FIXTURES / "dev_tokenizer.pt")
+    mask = None
+    if "padding_mask" in case:
+        mask = official_token_mask(case["padding_mask"], fbank.shape[1])
+    model: Any = BEATs(**loaded.model)
+    with jax.default_matmul_precision("highest"):
+        variables = {"params": loaded.params["encoder"]}
+        x = jax.jit(partial(model.apply, zero_padding=False))(variables, patchify(fbank), mask)
+    first, second = (loaded.params[f"quantize_layer_{i}"] for i in (0, 2))
+    hidden = np.tanh(np.asarray(x) @ first["kernel"] + first["bias"])
+    got = hidden @ second["kernel"] + second["bias"]
+    seen = np.ones(x.shape[:2], bool) if mask is None else ~np.asarray(mask)
+    np.testing.assert_allclose(x[seen], case["features"][seen], rtol=0, atol=3e-5)
+    np.testing.assert_allclose(got[seen], case["quant_in"][seen], rtol=0, atol=3e-5)
+    # and the codebook is the one that its ids are of
+    assert loaded.codebook is not None
+    cosines = got @ loaded.codebook.T
+    sure = seen & (case["dist_margin"] > 1e-3)
+    assert sure.sum() > 0.9 * seen.sum()
+    np.testing.assert_array_equal(cosines.argmax(-1)[sure], case["ids"].reshape(sure.shape)[sure])
+
+
+@pytest.fixture
+def load_changed(monkeypatch):
+    """load_official of a fixture whose content is changed first: change(checkpoint) -> anything."""
+
+    def load(name, change):
+        content = convert.read_torch_file(official.FIXTURES / f"{name}.pt")
+        monkeypatch.setattr(convert, "read_torch_file", lambda path: change(content))
+        return load_official("its/path.pt")
+
+    return load
+
+
+def set_weights(**values):
+    """Sets keys of "model" (dots as __); None takes a key away."""
+
+    def change(checkpoint):
+        for key, value in values.items():
+            key = key.replace("__", ".")
+            checkpoint["model"].pop(key, None)
+            if value is not None:
+                checkpoint["model"][key] = np.asarray(value, np.float32)
+        return checkpoint
+
+    return change
+
+
+def set_cfg(**values):
+    return lambda checkpoint: checkpoint | {"cfg": checkpoint["cfg"] | values}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("name", KINDS)
+def test_other_precisions(load_changed, name, dtype):
+    def change(checkpoint):
+        model = {key: value.astype(dtype) for key, value in checkpoint["model"].items()}
+        return checkpoint | {"model": model}
+
+    want = load_official(official.FIXTURES / f"{name}.pt")
+    got = load_changed(name, change)
+    for tree, reference in ((got.params, want.params), (got.codebook, want.codebook)):
+        rounded = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), reference)
+        assert_trees_equal(tree, rounded)
+
+
+def test_counters_may_be_missing(load_changed):
+    want = load_official(official.FIXTURES / "dev_tokenizer.pt")
+    gone = dict.fromkeys(
+        (
+            "quantize__cluster_size",
+            "quantize__embedding__cluster_size",
+            "quantize__embedding__embed_avg",
+        )
+    )
+    got = load_changed("dev_tokenizer", set_weights(**gone))
+    np.testing.assert_array_equal(got.codebook, want.codebook)
+
+
+def test_labels_may_be_missing(load_changed):
+    loaded = load_changed("dev_finetuned", lambda x: {k: x[k] for k in ("cfg", "model")})
+    assert (loaded.kind, loaded.labels) == ("finetuned", {})
+
+
+BAD_ROWS = np.eye(64, 16, dtype=np.float32) + np.eye(64, 16, -16) + np.eye(64, 16, -32)  # 16 zeros
+NAN_ROWS = np.full((64, 16), np.nan)
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        (
+            "dev_encoder",
+            lambda x: x["model"],
+            r"holds \['post_extr.* and 65 more; want the dicts",
+        ),
+        ("dev_encoder", lambda x: [], "holds list; want the dicts 'cfg' and 'model'"),
+        ("dev_encoder", lambda x: {"cfg": x["cfg"]}, r"holds \['cfg'\]; want the dicts"),
+        ("dev_encoder", lambda x: x | {"cfg": None}, r"holds \['cfg', 'model'\]; want the dicts"),
+        (
+            "dev_encoder",
+            lambda x: x | {"model": {f"encoder.{k}": v for k, v in x["model"].items()}},
+            r"missing: \['encoder\.layers\.0.* more; unknown: \['encoder\.encoder\..* more$",
+        ),
+        (
+            "dev_encoder",
+            lambda x: {f"encoder.{k}": v for k, v in x["model"].items()},
+            r"holds \['encoder\.post.*ESPnet has to be exported",
+        ),
+        ("dev_encoder", set_cfg(finetuned_model=True), "finetuned_model True, but .* no predictor"),
+        ("dev_tokenizer", set_cfg(finetuned_model=True), "True, but the model has no predictor"),
+        ("dev_finetuned", set_cfg(finetuned_model=False), "False, but the model has a predictor"),
+        (
+            "dev_finetuned",
+            set_cfg(predictor_class=10),
+            r"predictor.weight is \(527, 48\); want \(10",
+        ),
+        ("dev_finetuned", set_weights(predictor__bias=None), "lacks predictor.bias"),
+        ("dev_finetuned", set_weights(predictor__scale=[1]), r"unknown: \['predictor\.scale'\]"),
+        ("dev_finetuned", lambda x: x | {"label_dict": {0: "a"}}, "the classes 0 to 526"),
+        ("dev_finetuned", lambda x: x | {"label_dict": ["a"]}, "the classes 0 to 526"),
+        ("dev_finetuned", set_weights(quantize__cluster_size=[1]), "both predictor.* and quantize"),
+        ("dev_tokenizer", set_cfg(quant_n=65), r"\(64, 16\); want \(65, 16\)"),
+        ("dev_tokenizer", set_cfg(quant_dim=8), r"\(16, 48\); want \(8, 48\)"),
+        ("dev_tokenizer", set_weights(quantize_layer__2__bias=None), "lacks quantize_layer.2.bias"),
+        ("dev_tokenizer", set_weights(quantize__embedding__weight=None), "embedding.weight"),
+        ("dev_tokenizer", set_weights(quantize__embedding__initted=None), "lacks .*initted"),
+        ("dev_tokenizer", set_weights(quantize__embedding__initted=[0]), "initted is 0; want 1"),
+        ("dev_tokenizer", set_weights(quantize__embedding__weight=BAD_ROWS), "off by 1; want unit"),
+        ("dev_tokenizer", set_weights(quantize__embedding__weight=NAN_ROWS), "off by nan"),
+        ("dev_tokenizer", set_weights(quantize__other=[1]), r"unknown: \['quantize\.other'\]"),
+        ("dev_tokenizer", set_weights(quantize_layer__1__bias=[1]), "unknown: .*quantize_layer.1"),
+        (
+            "dev_encoder",
+            lambda x: x | {"model": x["model"] | {"layer_norm.bias": np.arange(32)}},
+            "'layer_norm.bias' of the model is int64; want an array of floats",
+        ),
+        (
+            "dev_encoder",
+            lambda x: x | {"model": x["model"] | {"layer_norm.bias": 0.5}},
+            "'layer_norm.bias' of the model is float; want an array of floats",
+        ),
+    ],
+)
+def test_a_file_that_is_not_what_its_cfg_says(load_changed, name, change, message):
+    with pytest.raises(ValueError, match=rf"^its/path\.pt: .*{message}"):
+        load_changed(name, change)
+
+
+def test_a_file_that_asks_for_more_is_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({"cfg": {}, "model": print}, 2))
+    with pytest.raises(ValueError, match=r"x\.pt .* asks for __builtin__\.print"):
+        load_official(path)

@@ -9,6 +9,7 @@ mistaken for a checkpoint.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -162,14 +163,15 @@ class _explained:
             ) from error
 
 
-def load_params(stage_folder: str | Path) -> tuple[Any, dict[str, Any]]:
-    """Reads only the parameters of a stage's checkpoint, as numpy arrays.
+def load_params(stage_folder: str | Path, item: str = "params") -> tuple[Any, dict[str, Any]]:
+    """Reads only the parameters (or one other item) of a stage's checkpoint, as numpy arrays.
 
     Args:
       stage_folder: `W/<iteration>/<stage>`, its newest checkpoint, or `W/…/<stage>@STEP`.
+      item: one of `ITEMS`.
 
     Returns:
-      The parameter tree and the checkpoint's meta, with `step` added.
+      The item's tree and the checkpoint's meta, with `step` added.
 
     Raises:
       FileNotFoundError: no finished checkpoint there, or not the one asked for.
@@ -180,12 +182,26 @@ def load_params(stage_folder: str | Path) -> tuple[Any, dict[str, Any]]:
     if not steps or (wanted and wanted not in map(str, steps)):
         raise FileNotFoundError(
             f"no checkpoint {wanted} in {folder} (found: {steps}); give a stage folder such as "
-            f"W/iter1/pretrain"
+            f"W/iter1/pretrain, or an official .pt file"
         )
     step = int(wanted) if wanted else steps[-1]
     with ocp.PyTreeCheckpointer() as reader:
-        tree = reader.metadata(folder / str(step) / "params").item_metadata
+        tree = reader.metadata(folder / str(step) / item).item_metadata
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree.tree)
-        params = reader.restore(folder / str(step) / "params", restore_args=as_numpy)
+        arrays = reader.restore(folder / str(step) / item, restore_args=as_numpy)
     meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())
-    return params, {**meta, "step": step}
+    return arrays, {**meta, "step": step}
+
+
+def tree_sha256(tree: Any) -> str:
+    """Hash of a tree of arrays: over its leaves' sorted names, dtypes, shapes and bytes."""
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    digest = hashlib.sha256()
+    for name in sorted(leaves):
+        leaf = np.ascontiguousarray(leaves[name])
+        digest.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
+        digest.update(leaf.data)
+    return digest.hexdigest()

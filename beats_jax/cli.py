@@ -11,9 +11,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 Run = Callable[[argparse.Namespace], int]
+
+# What `tokenize --agreement` compares with: iteration 1's tokens of `configs/local_esc50.py`.
+RANDOM_PROJECTION = dict(
+    mode="bestrq", codebook_size=1024, dim=16, pool=4, loudness_weight=0.1, seed=0
+)
 
 
 def prepare(parser: argparse.ArgumentParser) -> Run:
@@ -103,6 +108,90 @@ def probe(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def tokenize(parser: argparse.ArgumentParser) -> Run:
+    """Acoustic tokens of a prepared data set: store them for training, or try them against noise.
+
+    --store writes the ids of every window once, so that pre-training need not tokenize in its step
+    (--config.data.crop=grid --config.data.token_ids=OUT); interrupted, the same command goes on.
+    --agreement adds white noise and counts the tokens that stay, for this tokenizer and for a
+    random projection.
+
+    example:
+      beats-jax tokenize W/iter2/tokenizer prepared --store prepared/tokens --seconds 10
+    """
+    parser.add_argument("ckpt", metavar="TOKENIZER", help="W/<iteration>/tokenizer, …@STEP or .pt")
+    parser.add_argument("data", metavar="DATA", help="folder made by `prepare`, or FOLDER,FOLDER")
+    parser.add_argument("--store", metavar="OUT", help="folder for the ids")
+    parser.add_argument("--agreement", metavar="PNG", help="picture to draw")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a window (10)")
+    parser.add_argument("--filter", default="", help="clips to take, for --agreement")
+    parser.add_argument("--precision", default="auto", help="float32, bfloat16 or auto (auto)")
+    parser.add_argument("--batch-size", type=int, default=16, help="windows at a time (16)")
+
+    def run(args: argparse.Namespace) -> int:
+        if not (args.store or args.agreement):
+            raise ValueError("nothing to do: give --store OUT or --agreement PNG")
+        from beats_jax import tokens
+        from beats_jax.data.dataset import open_folders
+
+        clips = open_folders(args.data)
+        tokenizer = tokens.load_tokenizer(args.ckpt)
+        options = dict(clip_seconds=args.seconds, batch_size=args.batch_size)
+        if args.store:
+            equal = tokens.store_tokens(
+                tokenizer, clips, args.store, precision=args.precision, **options
+            )
+            print(f"{args.store}: {100 * equal:.2f} % of a batch's ids are those of float32")
+        if args.agreement:
+            from beats_jax import plots
+
+            snrs = (40, 30, 20, 10, 0)
+            agreement = tokens.token_agreement(
+                tokenizer, RANDOM_PROJECTION, clips.select(args.filter), snrs, **options
+            )
+            plots.plot_token_agreement(snrs, agreement, args.agreement)
+            print("| tokens | " + " | ".join(f"{s} dB" for s in snrs) + " | chance | perplexity |")
+            print("|---|" + "---|" * (len(snrs) + 2))
+            for name, row in agreement.items():
+                shares = " | ".join(f"{share:.3f}" for share in row["agreement"])
+                print(f"| {name} | {shares} | {row['chance']:.4f} | {row['perplexity']:.0f} |")
+        return 0
+
+    return run
+
+
+def info(parser: argparse.ArgumentParser) -> Run:
+    """What a checkpoint is, and what it was made with: its family tree.
+
+    example:
+      beats-jax info runs/smoke/iter2/pretrain
+    """
+    parser.add_argument("path", metavar="PATH", help="W/<iteration>/<stage>, …@STEP or a .pt file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+    def run(args: argparse.Namespace) -> int:
+        import json
+
+        from beats_jax.inference import lineage_lines, load_model
+
+        model = load_model(args.path)
+        count = sum(x.size for x in _leaves(model.params)) + getattr(model.codebook, "size", 0)
+        if args.json:
+            print(json.dumps({**model.source, "parameters": count}, indent=1))
+        else:
+            print(f"{model.kind}, {count:,} parameters, log-mel {model.mean:.5f} ± {model.std:.5f}")
+            print("\n".join(lineage_lines(model.source)))
+        return 0
+
+    return run
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if not isinstance(tree, dict):
+        return [tree]
+    return [leaf for branch in tree.values() for leaf in _leaves(branch)]
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -121,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.open(os.devnull, os.O_RDONLY)
     parser = _Parser(prog="beats-jax", description="BEATs audio pre-training in JAX.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (prepare, stats, probe):
+    for command in (prepare, stats, tokenize, probe, info):
         first, _, rest = (command.__doc__ or "").partition("\n")
         subparser = commands.add_parser(
             command.__name__,

@@ -14,6 +14,7 @@ import math
 from beats_jax.fbank import PATCH_SIZE
 from beats_jax.models.beats import BEATs, Predictor
 from beats_jax.models.encoder import Transformer
+from beats_jax.models.tokenizer import Estimator, Tokenizer
 
 
 def layers_flops(model: Transformer, tokens: int) -> float:
@@ -41,3 +42,20 @@ def predictor_flops(model: Predictor, tokens: int, visible: int) -> float:
     connector = 2 * visible * model.embed_dim**2
     head = 2 * tokens * model.embed_dim * model.num_classes
     return connector + head + layers_flops(model, tokens)
+
+
+def tokenizer_flops(model: Tokenizer, tokens: int, num_codes: int = 1024) -> float:
+    """Forward pass of a distilled tokenizer on one clip: encoder, projection, nearest code."""
+    dim = model.encoder.embed_dim
+    projection = 2 * tokens * dim * (dim + model.codebook_dim)
+    return (
+        encoder_flops(model.encoder, tokens)
+        + projection
+        + 2 * tokens * model.codebook_dim * num_codes
+    )
+
+
+def estimator_flops(model: Estimator, codebook_dim: int, tokens: int) -> float:
+    """Forward pass of the tokenizer's estimator: connector, blocks, head."""
+    ends = 2 * tokens * model.embed_dim * (codebook_dim + (model.target_dim or 0))
+    return ends + layers_flops(model, tokens)

@@ -113,7 +113,31 @@ class Spread(NamedTuple):
         return {name: float(np.sqrt(np.maximum(variance, 0.0)).mean())}
 
 
-Metric = Mean | Histogram | Spread
+class Resultant(NamedTuple):
+    """Length of the mean of unit vectors: the largest mean cosine that one fixed vector can have.
+
+    What a tokenizer's cosine to its teacher must be held against, as a loss against the unigram's:
+    a teacher's features may all point one way.
+
+    Attributes:
+        total: [D] float32, the sum over examples.
+        weight: scalar float32, the number of examples.
+    """
+
+    total: Array
+    weight: Array
+
+    @classmethod
+    def of(cls, unit: Array, where: Array) -> Resultant:
+        """From `unit` [..., D] where the bool array `where` [...] is True."""
+        kept = jnp.where(where[..., None], jnp.asarray(unit, jnp.float32), 0.0)
+        return cls(kept.reshape(-1, unit.shape[-1]).sum(0), where.sum(dtype=jnp.float32))
+
+    def summary(self, name: str) -> dict[str, float]:
+        return {name: _ratio(np.linalg.norm(np.asarray(self.total, np.float64)), self.weight)}
+
+
+Metric = Mean | Histogram | Spread | Resultant
 
 
 def summarize(metrics: Mapping[str, Metric]) -> dict[str, float]:

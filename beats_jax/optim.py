@@ -47,24 +47,18 @@ def decays(params: Any) -> Any:
     )
 
 
-def make_optimizer(section: Any) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(section: Any, adamw: Any) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Clipping by the global norm, then AdamW.
 
     Args:
-      section: a stage's config: those of `learning_rate`, and `b1`, `b2`, `eps`, `weight_decay`,
-        `clip_norm` (0 = no clipping).
+      section: a stage's config: see `learning_rate`.
+      adamw: `b1`, `b2`, `eps`, `weight_decay`, `clip_norm` (0 = no clipping).
 
     Returns:
       The optax transformation and the schedule it follows (to be logged).
     """
     schedule = learning_rate(section)
-    adamw = optax.adamw(
-        schedule,
-        b1=section.b1,
-        b2=section.b2,
-        eps=section.eps,
-        weight_decay=section.weight_decay,
-        mask=decays,
-    )
-    clip = optax.clip_by_global_norm(section.clip_norm) if section.clip_norm else optax.identity()
-    return optax.chain(clip, adamw), schedule
+    clip = optax.clip_by_global_norm(adamw.clip_norm) if adamw.clip_norm else optax.identity()
+    moments = dict(b1=adamw.b1, b2=adamw.b2, eps=adamw.eps)
+    decay = dict(weight_decay=adamw.weight_decay, mask=decays)
+    return optax.chain(clip, optax.adamw(schedule, **moments, **decay)), schedule

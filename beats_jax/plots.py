@@ -1,4 +1,4 @@
-"""Pictures of a pre-training run: its curves, its use of the codebook, and one clip in its eyes.
+"""Pictures of a run: its curves, its use of the codebook, one clip in its eyes, tokens under noise.
 
 Every function takes plain numbers and writes one PNG. The colours are Okabe and Ito's, which stay
 apart under every kind of colour blindness, and no figure relies on colour alone.
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
+MARKERS = "osD^v"  # of lines that are compared
 MASKED, VISIBLE = "#B8B8B8", "#ECECEC"  # backgrounds where nothing is drawn
 SMOOTHING = 50  # a curve of over 100 points is drawn as the mean over 1/50 of them, on top
 COLUMN_SECONDS = PATCH_SIZE * FRAME_SHIFT / SAMPLE_RATE  # 0.16 s of a column of 8 tokens
@@ -70,21 +71,45 @@ PANELS = (
     ("Feature spread", "std over clips", ("feature_std", "pooled features", GREEN, "-")),
     ("Learning rate", "learning rate", ("lr", "learning rate", ORANGE, "-")),
 )
+# Of a tokenizer's distillation: a run that logs `teacher_cosine`.
+TOKENIZER_PANELS = (
+    ("Loss", "1 − cosine + commitment", ("loss", "model", BLUE, "-")),
+    (
+        "Cosine to the teacher",
+        "mean over tokens",
+        ("teacher_cosine", "estimator", BLUE, "-"),
+        ("constant_cosine", "best constant", GREY, "--"),
+    ),
+    ("Commitment", "squared distance to the code", ("commitment", "vectors", GREEN, "-")),
+    (
+        "Use of the codebook",
+        "codes",
+        ("codes_used", "in use in a batch", BLUE, "-"),
+        ("code_perplexity", "perplexity", ORANGE, "--"),
+        ("dead_codes", "dead", GREY, ":"),
+    ),
+    ("Learning rate", "learning rate", ("lr", "learning rate", ORANGE, "-")),
+)
 
 
-def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draws the curves of a pre-training run against the step.
+def plot_curves(
+    metrics: Sequence[Mapping[str, float]],
+    path: str | os.PathLike[str],
+    reference: Sequence[Mapping[str, float]] = (),
+) -> None:
+    """Draws the curves of a pre-training or tokenizer run against the step.
 
     Args:
         metrics: the lines of `metrics.jsonl` (see `writers.read_metrics`): dicts with `step`.
         path: the PNG to write; its folder is made.
+        reference: the same of another run, drawn dotted below: its solid lines.
 
     Raises:
         ValueError: no line holds any metric that can be drawn.
     """
     panels = [
         p
-        for p in PANELS
+        for p in (TOKENIZER_PANELS if any("teacher_cosine" in x for x in metrics) else PANELS)
         if any(
             _points(metrics, prefix + line[0])[0].size for line in p[2:] for prefix in ("", "val_")
         )
@@ -96,8 +121,11 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[
     with _style():
         figure, axes = _figure(rows, columns, (3.7 * columns, 2.7 * rows))
         for axis, (title, unit, *lines) in zip(axes, panels, strict=False):
-            for line in lines:
-                _draw_line(axis, metrics, *line)
+            for name, label, colour, style in lines:
+                steps, values = _points(reference, name)
+                if style == "-" and steps.size and name != "lr":
+                    axis.plot(steps, values, ":", color="black", label="reference", linewidth=1)
+                _draw_line(axis, metrics, name, label, colour, style)
             axis.set(title=title, xlabel="step", ylabel=unit, xlim=(0, None))
             if title != "Loss":  # all others have a zero that means something
                 axis.set_ylim(0, None)
@@ -158,24 +186,118 @@ def plot_example(
     Raises:
         ValueError: the arrays do not describe one clip.
     """
+    log_mel, hidden, target, predicted, padding = _one_clip(
+        log_mel, mask, target_ids, predicted_ids, padding_mask
+    )
+    padding = padding.astype(bool)
+    with _style():
+        figure = _draw_example(log_mel, hidden.astype(bool) & ~padding, target, predicted, padding)
+        _save(figure, path)
+
+
+def plot_token_map(
+    log_mel: Any, token_ids: Any, padding_mask: Any, path: str | os.PathLike[str]
+) -> None:
+    """Draws one clip's tokens over its log-mel: equal ids have equal colours, and only they.
+
+    Args:
+        log_mel: [F, 128] float, normalised or not; frames after the last whole patch are left out.
+        token_ids: [L] int; token p = 8 t + f is column t, band f.
+        padding_mask: [L] bool, True = padding: left white.
+        path: the PNG to write; its folder is made.
+
+    Raises:
+        ValueError: the arrays do not describe one clip.
+    """
+    log_mel, ids, padding = _one_clip(log_mel, token_ids, padding_mask)
+    valid = ~padding.astype(bool)
+    columns = ids.shape[1]
+    kinds, places, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    # As many hues as there are different ids, in an order that keeps near ids apart.
+    shades = _hues(len(kinds))[places.reshape(ids.shape)]  # [8, T', 3]
+    mels = log_mel[: columns * PATCH_SIZE].T
+    low, high = np.percentile(mels[_pixels(valid)], (1, 99)) if valid.any() else (0.0, 1.0)
+    loud = np.clip((mels - low) / max(high - low, 1e-6), 0, 1)[..., None]
+    with _style():
+        figure, (sound, over, tokens) = _figure(3, 1, (8.0, 6.0), sharex=True)
+        _image(sound, mels, _pixels(valid), cmap="magma", vmin=low, vmax=high)
+        tiles = shades.repeat(PATCH_SIZE, 0).repeat(PATCH_SIZE, 1)
+        _picture(over, np.where(_pixels(valid)[..., None], (0.15 + 0.85 * loud) * tiles, 1))
+        _picture(tokens, np.where(valid[..., None], shades, 1))
+        frequent = [k for k in np.argsort(-counts) if counts[k] > 1][:8]
+        for number, kind in enumerate(frequent, start=1):
+            band, column = np.nonzero((ids == kinds[kind]) & valid)
+            seconds = (column + 0.5) * COLUMN_SECONDS
+            label = f"token {kinds[kind]}: {len(band)} times"
+            size = max(3.0, min(7.0, 200 / columns))
+            mark: dict[str, Any] = dict(
+                marker=f"${number}$", markersize=size, linestyle="", color="black"
+            )
+            tokens.plot(seconds, band + 0.5, label=label, markeredgewidth=0.2, **mark)
+        if frequent:
+            tokens.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        sound.set(title="Log-mel spectrogram", ylabel="mel bin")
+        over.set(title="Its tokens (colour) over its loudness (brightness)", ylabel="mel bin")
+        title = f"Tokens: {len(np.unique(ids[valid]))} different in {valid.sum()} patches"
+        tokens.set(title=title, ylabel="band", xlabel="time (s)")
+        tokens.set_yticks(np.arange(0, BANDS, 2) + 0.5, [str(b) for b in range(0, BANDS, 2)])
+        for axis in (sound, over):
+            axis.set_yticks(range(0, NUM_MELS + 1, 32))
+        _save(figure, path)
+
+
+def plot_token_agreement(
+    snrs_db: Sequence[float],
+    agreement: Mapping[str, Mapping[str, Any]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Draws the share of tokens that noise leaves unchanged, for several tokenizers.
+
+    Args:
+        snrs_db: [S] signal-to-noise ratios; drawn with the noise growing to the right.
+        agreement: name -> `agreement` [S] in 0..1 and `chance`, a float, drawn dashed.
+        path: the PNG to write; its folder is made.
+    """
+    with _style():
+        figure, (axis,) = _figure(1, 1, (6.4, 3.6))
+        colours = (BLUE, ORANGE, GREEN, GREY)
+        for (name, row), colour, marker in zip(agreement.items(), colours, MARKERS, strict=False):
+            axis.plot(snrs_db, row["agreement"], f"-{marker}", color=colour, label=name)
+            label = f"{name}, by chance"
+            axis.axhline(row["chance"], color=colour, linestyle="--", linewidth=0.8, label=label)
+        axis.set(title="Tokens that white noise leaves as they were", ylim=(0, 1))
+        axis.set(xlabel="signal-to-noise ratio (dB)", ylabel="share of tokens", xticks=snrs_db)
+        axis.invert_xaxis()
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        _save(figure, path)
+
+
+def _one_clip(log_mel: Any, *tokens: Any) -> tuple[np.ndarray, ...]:
+    """Checked: log-mel [F, 128], and every array [L] as [8, T']."""
     log_mel = np.asarray(log_mel, np.float32)
-    tokens = [np.asarray(a) for a in (mask, target_ids, predicted_ids, padding_mask)]
-    length = tokens[0].size
-    if log_mel.shape[1:] != (NUM_MELS,) or any(a.shape != (length,) for a in tokens):
-        shapes = ", ".join(str(a.shape) for a in tokens)
+    arrays = [np.asarray(a) for a in tokens]
+    length = arrays[0].size
+    if log_mel.shape[1:] != (NUM_MELS,) or any(a.shape != (length,) for a in arrays):
+        shapes = ", ".join(str(a.shape) for a in arrays)
         raise ValueError(
-            f"got log_mel {log_mel.shape} and {shapes}; wanted [F, {NUM_MELS}] and four times [L]"
+            f"got log_mel {log_mel.shape} and {shapes}; wanted [F, {NUM_MELS}] and "
+            f"{len(arrays)} times [L]"
         )
     if not length or length % BANDS or length * PATCH_SIZE > len(log_mel) * BANDS:
         raise ValueError(
             f"{length} tokens do not lie in {len(log_mel)} frames of log-mel; "
             f"wanted {BANDS} for every {PATCH_SIZE} frames"
         )
-    hidden, target, predicted, padding = (a.reshape(-1, BANDS).T for a in tokens)  # [8, T']
-    hidden = hidden.astype(bool) & ~padding.astype(bool)
-    with _style():
-        figure = _draw_example(log_mel, hidden, target, predicted, padding.astype(bool))
-        _save(figure, path)
+    return log_mel, *(a.reshape(-1, BANDS).T for a in arrays)
+
+
+def _hues(number: int) -> np.ndarray:
+    """[number, 3] light colours; neighbours are far apart on the colour circle."""
+    from matplotlib.colors import hsv_to_rgb
+
+    golden = 0.618034 * np.arange(number)
+    hue, saturation = golden % 1, 0.35 + 0.4 * ((3 * golden) % 1)
+    return hsv_to_rgb(np.stack([hue, saturation, np.full(number, 0.95)], axis=-1))
 
 
 def _draw_example(
@@ -275,6 +397,14 @@ def _image(axis: Axes, values: np.ndarray, shown: np.ndarray, **kwargs: Any):
         extent=(0, seconds, 0, height),
         **kwargs,
     )
+
+
+def _picture(axis: Axes, colours: np.ndarray) -> None:
+    """`colours` [rows, columns, 3] over time in seconds, lowest row below."""
+    height, width = colours.shape[:2]
+    axis.grid(False)
+    extent = (0, COLUMN_SECONDS * width * (BANDS / height), 0, height)
+    axis.imshow(colours, origin="lower", aspect="auto", interpolation="nearest", extent=extent)
 
 
 def _background(axis: Axes, where: np.ndarray, colour: str, height: int) -> None:

@@ -57,7 +57,7 @@ def probe_stage(
     """A stage's encoder, the same encoder untrained, and the log-mel baseline, on one data set.
 
     Args:
-        stage_folder: `W/<iteration>/<stage>`, or `…@STEP`.
+        stage_folder: `W/<iteration>/<stage>`, `…@STEP`, or an official `.pt` file.
         data: a folder made by `prepare`, with columns for the label and the fold.
         filter: its rows to take, as "esc10=True".
         label, fold: the columns' names.
@@ -69,7 +69,7 @@ def probe_stage(
         ValueError: a column is missing, or the folds cannot be used.
     """
     from beats_jax.data.sources import open_clips
-    from beats_jax.inference import load_encoder, pooled_features
+    from beats_jax.inference import load_model, pooled_features, untrained
 
     clips = open_clips(data).select(filter)
     for column in (label, fold):
@@ -77,10 +77,9 @@ def probe_stage(
             known = ", ".join(clips.columns) or "none"
             raise ValueError(f"{data}: no column {column!r}; the columns are: {known}")
     labels, folds = clips.columns[label], clips.columns[fold]
-    features = {
-        "trained": pooled_features(load_encoder(stage_folder), clips, layer),
-        "untrained": pooled_features(load_encoder(stage_folder, untrained=True), clips, layer),
-    }
+    features = {"trained": pooled_features(load_model(stage_folder), clips, layer)}
+    if not stage_folder.endswith(".pt"):  # the official files do not say how they started
+        features["untrained"] = pooled_features(untrained(stage_folder), clips, layer)
     rows = evaluate_features(features, labels, folds, seed)
     baseline = logmel_baseline_features(clips.fetch(np.arange(len(clips))))
     return rows + [linear_probe(baseline, labels, folds, seed, name="log-mel", strengths=(0.1,))]

@@ -1,4 +1,4 @@
-"""Where a run starts: its weights, and the record of what made them."""
+"""Where a run starts: the models of earlier stages, its weights, and the record of both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,100 @@ from jax.sharding import Mesh
 
 import beats_jax
 from beats_jax import sharding
-from beats_jax.checkpoint import Checkpoints, TrainState, load_params
+from beats_jax.checkpoint import Checkpoints, TrainState
 from beats_jax.data.sources import Clips
-from beats_jax.stages import Stage
+from beats_jax.data.token_store import open_store
+from beats_jax.inference import load_model
+from beats_jax.stages import Pretrained, Stage, compute_dtype
+
+# Whose encoder an iteration's tokenizer learns from, where `config.teacher` does not say.
+TEACHERS = {"iter2": "iter1/pretrain", "iter3": "iter2/pretrain", "iter3plus": "iter2/finetune"}
+# What of a model is its architecture; the rest (dropout, say) is the training's.
+ARCHITECTURE = (
+    *("num_layers", "embed_dim", "ffn_dim", "num_heads", "patch_dim", "conv_bias", "activation"),
+    *("layer_norm_first", "deep_norm", "conv_pos", "conv_pos_groups", "relative_position"),
+    *("num_buckets", "max_distance", "gated"),
+)
+
+
+class Earlier(NamedTuple):
+    """What a stage takes over from earlier ones.
+
+    Attributes:
+      given: what it is built on: the tokenizer stage's teacher; pre-training's tokenizer, None for
+        the random projection, or the number of codes where the ids are stored.
+      start: the model whose weights it starts from, if any.
+      lineage: where all these come from, by role.
+    """
+
+    given: Pretrained | int | None
+    start: Pretrained | None
+    lineage: dict[str, Any]
+
+
+def earlier(config: Any, name: str, workdir: str | Path) -> Earlier:
+    """Finds and reads the models of earlier stages; no path here is known to anything below.
+
+    Where `config.init_from` names a model, its architecture replaces the config's.
+
+    Raises:
+      FileNotFoundError: a model is not there.
+      ValueError: one is of the wrong kind, or its file cannot be read.
+    """
+    start, lineage = None, {}
+    if config.init_from:
+        start = _load("config.init_from", config.init_from)
+        lineage["init_from"] = start.source
+        with config.unlocked():
+            config.model.update({field: getattr(start.model, field) for field in ARCHITECTURE})
+    given: Pretrained | int | None = None
+    if name == "tokenizer":
+        given = _teacher(config, workdir)
+        lineage["teacher"] = given.source
+    elif name == "pretrain":
+        given, lineage["tokenizer"] = _tokenizer(config, workdir)
+    return Earlier(given, start, lineage)
+
+
+def _teacher(config: Any, workdir: str | Path) -> Pretrained:
+    path, field = config.teacher, "config.teacher"
+    if not path:
+        if config.iteration not in TEACHERS:
+            raise ValueError(
+                f"{config.iteration} has no teacher of its own; give one: --config.teacher=PATH "
+                f"(by themselves: {', '.join(f'{k} <- {v}' for k, v in TEACHERS.items())})"
+            )
+        path, field = str(Path(workdir) / TEACHERS[config.iteration]), "the teacher"
+    model = _load(field, path)
+    if model.kind == "tokenizer":
+        raise ValueError(f"{field}: {path} is a tokenizer; want an encoder or a fine-tuned model")
+    return model
+
+
+def _tokenizer(config: Any, workdir: str | Path) -> tuple[Pretrained | int | None, dict[str, Any]]:
+    """What labels the patches, and where it comes from."""
+    path = config.tokenizer.path
+    own = "" if config.iteration == "iter1" else str(Path(workdir) / config.iteration / "tokenizer")
+    if config.data.token_ids:
+        store = open_store(config.data.token_ids)
+        store.check(dtype=compute_dtype(config.precision).__name__)
+        if path or (own and Path(own).exists()):
+            wanted = _load("the tokenizer", path or own).source["params_sha256"]
+            store.check(tokenizer=wanted)
+        return store.num_codes, store.tokenizer
+    if not path and not own:
+        return None, {"kind": "random projection", "settings": dict(config.random_projection)}
+    model = _load("config.tokenizer.path" if path else "the tokenizer", path or own)
+    if model.kind != "tokenizer":
+        raise ValueError(f"config.tokenizer.path: {path or own} is no tokenizer: {model.kind}")
+    return model, model.source
+
+
+def _load(field: str, path: str) -> Pretrained:
+    try:
+        return load_model(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{field}: {error}") from error
 
 
 def state_maker(
@@ -58,19 +149,20 @@ def starting_state(
     like: TrainState,
     checkpoints: Checkpoints,
     meta: dict[str, Any],
+    start: Pretrained | None,
 ) -> tuple[TrainState, bool]:
     """Where the weights come from, decided here and nowhere else.
 
     In this order: the newest checkpoint of the own workdir; `config.resume`, a stage folder (or
-    `…@STEP`) whose whole state is taken over, also onto other data; `config.init_from`, one whose
-    weights start a new run; scratch.
+    `…@STEP`) whose whole state is taken over, also onto other data; `start`, the model of
+    `config.init_from`, whose weights start a new run; scratch.
 
     Returns:
       The state, and whether it was restored (so that nothing is calibrated or logged anew).
 
     Raises:
-      ValueError: the checkpoint was made with another seed, batch size or dataset, or with other
-        tokens or another front end.
+      ValueError: the checkpoint was made with another seed, batch size or dataset, with another
+        teacher, tokenizer or front end.
     """
     step = checkpoints.latest_step()
     if step is not None:
@@ -88,17 +180,22 @@ def starting_state(
         return other.restore(step, like), True
     shardings = jax.tree.map(lambda x: x.sharding, like)
     state = jax.jit(init, out_shardings=shardings)()
-    if config.init_from:
-        loaded, _ = load_params(config.init_from)
-        params = {**state.params, **{k: v for k, v in loaded.items() if k in state.params}}
-        if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
-            raise ValueError(f"config.init_from: {config.init_from} holds another model's shapes")
+    if start:
+        params = dict(state.params)
+        for part, weights in start.params.items():
+            # A predictor of other tokens is of no use; an encoder always fits (ARCHITECTURE).
+            if part in params and _shapes(params[part]) == _shapes(weights):
+                params[part] = weights
         state = state._replace(params=jax.device_put(params, shardings.params))
     return state, False
 
 
-# What the targets and the inputs are made with: a run that changed them would be another run.
-FIXED = ("tokenizer", "data.clip_seconds", "data.mean", "data.std")
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(jnp.shape, tree)
+
+
+# What the inputs are made with: a run that changed them would be another run.
+FIXED = ("data.clip_seconds", "data.crop", "data.mean", "data.std")
 
 
 def _check_same_run(
@@ -121,6 +218,22 @@ def _check_same_run(
                 f"{checkpoints.folder} was trained with config.{name} {old}, this run has {new}: "
                 f"take the old value back or another --workdir"
             )
+    for role, now in meta["lineage"].items():
+        then = before["lineage"].get(role, {})
+        if role != "init_from" and _identity(then) != _identity(now):
+            raise ValueError(
+                f"{checkpoints.folder} was trained with the {role} {_identity(then)}, this run has "
+                f"{_identity(now)}: it changed under the run; take the old one back (…@STEP names "
+                f"an older checkpoint) or another --workdir"
+            )
+
+
+def _identity(source: dict[str, Any]) -> str:
+    """What a model of the lineage is, wherever it lies."""
+    if "params_sha256" not in source:
+        return " ".join(f"{key} {value}" for key, value in source.get("settings", {}).items())
+    step = "" if source["step"] is None else f"@{source['step']}"
+    return f"{source['path']}{step} (sha256 {source['params_sha256'][:12]})"
 
 
 def calibrate(
@@ -142,13 +255,18 @@ def calibrate(
     return state._replace(model_state=jax.device_put(model_state, where)), seen
 
 
-def describe(config: Any, section: Any, clips: Clips) -> dict[str, Any]:
+def describe(
+    config: Any, name: str, section: Any, clips: Clips, lineage: dict[str, Any]
+) -> dict[str, Any]:
     """All that is needed to know what made a stage folder: its `config.json`."""
     root = Path(__file__).parents[1]
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     in_clone = (root / ".git").exists() and shutil.which("git")
     git = in_clone and subprocess.run(command, capture_output=True, text=True)
     return {
+        "iteration": config.iteration,
+        "stage": name,
+        "lineage": lineage,
         "seed": config.seed,
         "batch_size": section.batch_size,
         "dataset_fingerprint": clips.fingerprint,

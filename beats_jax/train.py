@@ -7,7 +7,9 @@ step is a function of (seed, step), every random number of (seed, step, name).
 
 from __future__ import annotations
 
+import importlib.resources
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,17 @@ from beats_jax.data.sources import Clips
 from beats_jax.fbank import unpatchify
 from beats_jax.metrics import Histogram, summarize
 from beats_jax.optim import make_optimizer
-from beats_jax.stages import Stage, pretrain
+from beats_jax.stages import Stage, pretrain, tokenizer
 from beats_jax.watch import Clock, Interrupted, Report, Signals
 from beats_jax.writers import read_metrics
 
-STAGES: dict[str, Callable[[Any], tuple[Stage, Any]]] = {"pretrain": pretrain.from_config}
+log = logging.getLogger("beats_jax")
+
+# Name of a stage -> (config, the model it is built on) -> the stage, and what is frozen in it.
+STAGES: dict[str, Callable[[Any, Any], tuple[Stage, Any]]] = {
+    "tokenizer": tokenizer.from_config,
+    "pretrain": pretrain.from_config,
+}
 
 
 def run_stage(config: Any, name: str, workdir: str | Path) -> None:
@@ -38,29 +46,35 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
 
     Args:
       config: an `ml_collections.ConfigDict`; see `configs/`.
-      name: the stage, a section of the config: "pretrain".
-      workdir: results go to `<workdir>/<iteration>/<stage>/`.
+      name: the stage, a section of the config: "tokenizer" or "pretrain"; of another iteration than
+        the config's as "iter1/pretrain".
+      workdir: results go to `<workdir>/<iteration>/<stage>/`; earlier iterations are found there.
 
     Raises:
       ValueError: the config does not fit the data, the devices or the checkpoint found.
-      FileNotFoundError: no data, or no checkpoint where one is named.
+      FileNotFoundError: no data, or no model where one is named.
       OSError: something could not be written.
-      FloatingPointError: the loss is not finite; nothing was saved after the last good step.
+      FloatingPointError: the loss is not finite, or the stage's alarm went off (a codebook
+        collapsed); nothing was saved after the last good step.
       Interrupted: SIGTERM or SIGINT; the state is saved.
     """
-    section, folder = checked_section(config, name), Path(workdir) / config.iteration / name
+    config, name, section = checked(config, name)
+    if name == "tokenizer" and section.path:
+        return log.info("tokenizer: nothing to train, %s is given", section.path)
+    folder = Path(workdir) / config.iteration / name
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(section.batch_size, section.micro_batches, mesh, name)
-    stage, frozen = STAGES[name](config)
-    frozen = jax.device_put(frozen, sharding.replicated(mesh))
+    earlier = start.earlier(config, name, workdir)
+    stage, frozen = STAGES[name](config, earlier.given)
+    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     data = Data.open(config, section.batch_size, mesh, workdir)
-    tx, schedule = make_optimizer(section)
+    tx, schedule = make_optimizer(section, config.adamw)
     checkpoints = Checkpoints(folder / "checkpoints", section.keep, section.keep_best)
-    meta = start.describe(config, section, data.train_clips)
+    meta = start.describe(config, name, section, data.train_clips, earlier.lineage)
     init = start.state_maker(stage, tx, config.seed, data.clip_samples)
     like = start.abstract_state(init, mesh)
-    state, restored = start.starting_state(config, init, like, checkpoints, meta)
+    state, restored = start.starting_state(config, init, like, checkpoints, meta, earlier.start)
     done, chief = int(state.step), jax.process_index() == 0
     if chief:
         (folder / "config.json").write_text(json.dumps(meta, indent=1))
@@ -71,7 +85,9 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
     eval_step = jax.jit(stage.eval_fn, out_shardings=sharding.metrics_and_rows(mesh))
     feed = data.training(done)
     clock = Clock(done, section.batch_size, config.data.clip_seconds, stage.flops_per_clip)
-    report = Report(folder, name, done, section.steps, restored, stage.warn)
+    title = f"{config.iteration}/{name}"
+    report = Report(folder, title, done, section.steps, restored, stage.warn)
+    reference = reference_curves(config, title)
 
     def save(state: TrainState, step: int, figures: dict[str, float]) -> None:
         seen = {"examples_seen": step * section.batch_size}
@@ -110,9 +126,12 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
                 with clock.paused():
                     record |= evaluate(eval_step, state, frozen, data.validation(), folder, step)
             report.write(step, record)
+            if reason := stage.alarm(record):
+                raise FloatingPointError(f"step {step}: {reason}")
             if chief and (evaluated or last):
                 with clock.paused():
-                    plots.plot_curves(read_metrics(folder), folder / "plots" / "curves.png")
+                    curves = folder / "plots" / "curves.png"
+                    plots.plot_curves(read_metrics(folder), curves, reference)
             best_wanted = evaluated and section.keep_best
             if step % section.save_every == 0 or last or interrupted or best_wanted:
                 check_finite(*before)
@@ -124,22 +143,45 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
                 raise Interrupted(step, interrupted)
 
 
-def checked_section(config: Any, name: str) -> Any:
-    """The stage's section of the config.
+def checked(config: Any, name: str) -> tuple[Any, str, Any]:
+    """A copy of the config for one stage (its own to change), the stage's name and its section.
 
     Raises:
       ValueError: no such stage, or a number that no run can have.
     """
-    if name not in STAGES or name not in config:
+    config = config.copy_and_resolve_references()
+    iteration, _, stage = name.rpartition("/")
+    config.iteration = iteration or config.iteration
+    if stage not in STAGES or stage not in config:
         known = ", ".join(stage for stage in STAGES if stage in config)
         raise ValueError(f'config.stages names "{name}"; this config can run: {known}')
+    if config.resume:
+        this = f"{config.iteration}/{stage}"
+        known = [s if "/" in s else f"{config.iteration}/{s}" for s in config.stages]
+        of = "/".join(Path(config.resume.partition("@")[0]).parts[-2:])
+        if of not in (this, *known):
+            raise ValueError(f"config.resume: {of} is none of this config's stages, {known}")
+        config.resume = config.resume if of == this else ""
     for field in ("steps", "batch_size", "micro_batches", "save_every", "log_every", "eval_every"):
-        if config[name][field] < 1:
-            raise ValueError(f"{name}.{field} is {config[name][field]}; want at least 1")
-    best = config[name].keep_best
+        if config[stage][field] < 1:
+            raise ValueError(f"{stage}.{field} is {config[stage][field]}; want at least 1")
+    best = config[stage].keep_best
     if best and not best.startswith("val_"):
-        raise ValueError(f'{name}.keep_best "{best}" is no held-out figure; use "val_loss"')
-    return config[name]
+        raise ValueError(f'{stage}.keep_best "{best}" is no held-out figure; use "val_loss"')
+    return config, stage, config[stage]
+
+
+def reference_curves(config: Any, title: str) -> list[dict[str, float]]:
+    """Lines of another run's metrics.jsonl for the plots to lie over: one that came with a config.
+
+    `config.reference` is a JSON file beside the configs: lines by "iteration/stage".
+    """
+    if not config.reference:
+        return []
+    for root in (Path("configs"), Path(str(importlib.resources.files("beats_jax.configs")))):
+        if (root / config.reference).exists():
+            return json.loads((root / config.reference).read_text()).get(title, [])
+    raise FileNotFoundError(f"config.reference: no {config.reference} beside the configs")
 
 
 def make_train_step(
@@ -224,20 +266,22 @@ def evaluate(
         if total is None and jax.process_index() == 0:
             # Row 0 lies on this process's first device: no computation of one process alone.
             first = {name: np.asarray(x.addressable_data(0))[0] for name, x in outputs.items()}
-            plots.plot_example(
-                unpatchify(first["patches"]),
-                first["valid"],
-                first["token_ids"],
-                first["predicted_ids"],
-                first["padding_mask"],
-                folder / "plots" / f"example_{step:07d}.png",
-            )
+            draw_example(first, folder / "plots" / f"example_{step:07d}.png")
         total = metrics if total is None else jax.tree.map(np.add, total, metrics)
     total = total or {}
     usage = {name: m.counts for name, m in total.items() if isinstance(m, Histogram)}
     if usage and jax.process_index() == 0:
         plots.plot_code_usage(usage, folder / "plots" / f"code_usage_{step:07d}.png")
     return {f"val_{name}": value for name, value in summarize(total).items()}
+
+
+def draw_example(clip: dict[str, np.ndarray], path: Path) -> None:
+    """One held-out clip: its tokens, and where they were predicted, the guesses."""
+    log_mel, ids, padding = unpatchify(clip["patches"]), clip["token_ids"], clip["padding_mask"]
+    if "predicted_ids" in clip:
+        plots.plot_example(log_mel, clip["valid"], ids, clip["predicted_ids"], padding, path)
+    else:
+        plots.plot_token_map(log_mel, ids, padding, path)
 
 
 def floats(sums: dict[str, Any]) -> dict[str, float]:

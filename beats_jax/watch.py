@@ -32,7 +32,16 @@ PEAK_FLOPS = {
 # What goes into the progress line, in this order, where a stage has it.
 SHOWN = (
     *("loss", "unigram_loss", "masked_accuracy", "unigram_accuracy", "code_perplexity"),
-    *("most_used_code", "val_loss", "val_masked_accuracy", "clips_per_s", "mfu"),
+    *(
+        "teacher_cosine",
+        "constant_cosine",
+        "codes_used",
+        "most_used_code",
+        "val_loss",
+        "val_masked_accuracy",
+        "clips_per_s",
+        "mfu",
+    ),
 )
 
 

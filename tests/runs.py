@@ -17,10 +17,12 @@ import numpy as np
 from beats_jax.writers import read_metrics
 
 ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
 TIMING = {"clips_per_s", "audio_hours_per_hour", "input_wait", "mfu"}
 
 # A run of seconds: `smoke`'s model on few, short clips, looked at and saved often.
 TINY = {
+    "stages": ("iter1/pretrain",),
     "data.num_clips": 40,
     "data.clip_seconds": 1.0,
     "pretrain.steps": 8,
@@ -31,6 +33,15 @@ TINY = {
     "pretrain.log_every": 1,
     "pretrain.eval_every": 4,
     "pretrain.keep": 10,
+    "tokenizer.steps": 8,
+    "tokenizer.batch_size": 8,
+    "tokenizer.warmup_steps": 2,
+    "tokenizer.codebook_size": 32,
+    "tokenizer.calibration_batches": 2,
+    "tokenizer.save_every": 2,
+    "tokenizer.log_every": 1,
+    "tokenizer.eval_every": 4,
+    "tokenizer.keep": 10,
 }
 
 
@@ -45,6 +56,18 @@ def tiny_config(**overrides: Any) -> Any:
     changes = TINY | {name.replace("__", "."): value for name, value in overrides.items()}
     config.update_from_flattened_dict(changes)
     return config
+
+
+# `configs/iter2.py` made as small; its teacher is a file of the official code.
+TINY_ITER2 = {
+    "config": "configs/iter2.py",
+    "stages": ("tokenizer", "pretrain"),
+    "teacher": FIXTURES / "dev_encoder.pt",
+    "model__preset": "tiny",
+    "data__source": "synthetic",
+    "data__val_fraction": 0.1,
+    "input__workers": 1,
+}
 
 
 def tiny_flags(workdir: Path, config: str = "configs/smoke.py", **overrides: Any) -> list[str]:

@@ -162,3 +162,66 @@ def test_code_usage(tmp_path, drawn):
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
     assert labels == ["band 0 (perplexity 3)", "band 1 (perplexity 4)", "uniform: 1/4"]
     assert _colours(tmp_path / "usage.png") > 20
+
+
+def _distillation():
+    """Logged lines of a tokenizer's run."""
+    lines: list[dict[str, float]] = [{"step": 0, "code_perplexity": 700.0, "codes_used": 1024.0}]
+    for step in range(10, 610, 10):
+        rise = 1 - np.exp(-step / 200)
+        line = {"step": step, "loss": 1 - 0.9 * rise, "teacher_cosine": 0.9 * rise, "lr": 1e-4}
+        line |= {"constant_cosine": 0.3, "commitment": 1 - 0.6 * rise, "codes_used": 240.0}
+        line |= {"code_perplexity": 200 * rise, "dead_codes": step / 3}
+        line |= {"val_teacher_cosine": 0.85 * rise} if step % 100 == 0 else {}
+        lines.append(line)
+    return lines
+
+
+def test_curves_of_a_tokenizer_over_a_reference(tmp_path, drawn):
+    shorter = [line for line in _distillation() if line["step"] <= 300]
+    plots.plot_curves(_distillation(), tmp_path / "curves.png", shorter)
+    axes = {axis.get_title(loc="left"): axis for axis in drawn[0].axes}
+    titles = "Loss|Cosine to the teacher|Commitment|Use of the codebook|Learning rate"
+    assert [title for title in axes if title] == titles.split("|")
+    lines = {line.get_label(): line for line in axes["Cosine to the teacher"].get_lines()}
+    assert lines["reference"].get_xdata().max() == 300 and lines["reference"].get_linestyle() == ":"
+    assert lines["estimator"].get_xdata().max() == 600
+    labels = [text.get_text() for text in axes["Use of the codebook"].get_legend().get_texts()]
+    assert labels == ["reference", "in use in a batch", "perplexity", "dead"]
+    assert "reference" not in [line.get_label() for line in axes["Learning rate"].get_lines()]
+
+
+def test_token_map(tmp_path, drawn):
+    log_mel, _, _, _, padding = _clip()
+    ids = np.arange(LENGTH) % 4 + 1000
+    ids[:30] = 7
+    path = tmp_path / "map.png"
+    plots.plot_token_map(log_mel, ids, padding, path)
+    assert _colours(path) > 50
+    tokens = drawn[0].axes[2]
+    assert tokens.get_title(loc="left") == "Tokens: 5 different in 120 patches"
+    labels = [text.get_text() for text in tokens.get_legend().get_texts()]
+    assert labels[0] == "token 1000: 22 times" or "token 7: 30 times" in labels
+    tiles = tokens.images[0].get_array()  # [8, T', 3]
+    assert tiles.shape == (8, 20, 3)
+    np.testing.assert_array_equal(tiles[:, 15:], 1.0)  # padding stays white
+    grid = ids.reshape(-1, 8).T
+    for a, b in (((0, 0), (1, 0)), ((0, 0), (0, 10)), ((0, 10), (4, 10)), ((0, 10), (1, 10))):
+        assert np.array_equal(tiles[a], tiles[b]) == (grid[a] == grid[b])
+    with pytest.raises(ValueError, match=r"got log_mel \(10, 128\)|tokens do not lie in 10 frames"):
+        plots.plot_token_map(log_mel[:10], ids, padding, path)
+
+
+def test_token_agreement(tmp_path, drawn):
+    rows = {
+        "random projection": {"agreement": [0.9, 0.4, 0.1], "chance": 0.02},
+        "distilled": {"agreement": [0.95, 0.7, 0.3], "chance": 0.01},
+    }
+    plots.plot_token_agreement((40, 20, 0), rows, tmp_path / "agreement.png")
+    (axis,) = drawn[0].axes
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    assert lines["distilled"].get_ydata().tolist() == [0.95, 0.7, 0.3]
+    assert set(lines["distilled, by chance"].get_ydata()) == {0.01}
+    assert lines["distilled"].get_marker() != lines["random projection"].get_marker()
+    left, right = axis.get_xlim()
+    assert left > right  # more noise to the right

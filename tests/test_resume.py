@@ -7,14 +7,22 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from runs import assert_trees_equal, run, stop_after, tiny_config, tiny_flags, without_timing
+from runs import (
+    TINY_ITER2,
+    assert_trees_equal,
+    run,
+    stop_after,
+    tiny_config,
+    tiny_flags,
+    without_timing,
+)
 
 from beats_jax import train
 
 
-def final_state(workdir, step=8):
+def final_state(workdir, stage="iter1/pretrain", step=8):
     """Every array of a checkpoint, by item."""
-    folder = workdir / "iter1" / "pretrain" / "checkpoints" / str(step)
+    folder = workdir / stage / "checkpoints" / str(step)
     with ocp.PyTreeCheckpointer() as reader:
         state = {}
         for item in ("params", "opt_state", "model_state"):
@@ -73,12 +81,36 @@ def test_the_numpy_input_trains_to_the_same_state_without_tensorflow(undisturbed
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def undisturbed_iteration(tmp_path_factory):
+    """Both halves of iteration 2 in one command, never stopped."""
+    workdir = tmp_path_factory.mktemp("undisturbed2")
+    done = run(tiny_flags(workdir, **TINY_ITER2))
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.mark.parametrize("half", ["tokenizer", "pretrain"])
+def test_kill_9_in_each_half_of_an_iteration(undisturbed_iteration, tmp_path, half):
+    flags = tiny_flags(tmp_path, **TINY_ITER2)
+    log = tmp_path / "iter2" / half / "metrics.jsonl"
+    assert stop_after(flags, log, 3, signal.SIGKILL) == -signal.SIGKILL
+    assert (tmp_path / "iter2" / "pretrain").exists() == (half == "pretrain")
+    done = run(flags)
+    assert done.returncode == 0, done.stderr
+    for stage in ("iter2/tokenizer", "iter2/pretrain"):
+        mine, theirs = (final_state(w, stage) for w in (tmp_path, undisturbed_iteration))
+        assert_trees_equal(mine, theirs)
+        mine, theirs = (without_timing(w / stage) for w in (tmp_path, undisturbed_iteration))
+        assert mine == theirs
+
+
 def test_another_seed_or_dataset_is_refused(undisturbed):
     changes: list[dict[str, Any]] = [
         {"seed": 1},
         {"data__num_clips": 41},
         {"pretrain__batch_size": 16},
-        {"tokenizer__seed": 9},
+        {"random_projection__seed": 9},
         {"data__mean": 1.0},
     ]
     record = undisturbed / "iter1" / "pretrain" / "config.json"

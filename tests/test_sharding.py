@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from runs import (
+    FIXTURES,
     ROOT,
     assert_gradients_close,
     assert_trees_equal,
@@ -21,6 +22,7 @@ from test_train import build
 
 from beats_jax import sharding, train
 from beats_jax.checkpoint import Checkpoints
+from beats_jax.inference import load_model
 from beats_jax.writers import read_metrics
 
 MESHES = [
@@ -37,9 +39,14 @@ def sharded_config(**mesh):
     return config
 
 
-def one_step(config, devices, start=None):
+def one_step(config, devices, start=None, name="pretrain"):
     """From a common state (a checkpoint is laid out anew in this way): what one step computes."""
-    stage, frozen, data, state, step = build(config, devices)
+    given = load_model(FIXTURES / "dev_encoder.pt") if name == "tokenizer" else None
+    stage, frozen, data, state, step = build(config, devices, name, given)
+    if name == "tokenizer" and start is None and stage.calibrate:
+        batches, rng = [next(data.calibration())], jax.random.key(0)
+        calibrated, _ = stage.calibrate(state.params, state.model_state, frozen, batches, rng)
+        state = state._replace(model_state=calibrated)
     if start is not None:
         state = jax.device_put(start, jax.tree.map(lambda x: x.sharding, state))
     start = jax.device_get(state)
@@ -52,11 +59,12 @@ def one_step(config, devices, start=None):
             loss, weight, aux = stage.loss_fn(params, model_state, frozen, batch, rng)
             return loss / weight, aux
 
-        return jax.value_and_grad(loss_fn, has_aux=True)(params)
+        (loss, (stats, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return (loss, (stats, stage.update_fn(model_state, stats), metrics)), grads
 
     _, outputs = jax.jit(stage.eval_fn)(state.params, state.model_state, frozen, batch)
-    (loss, (stats, _)), grads = gradients(state.params, state.model_state, frozen, batch)
-    host = jax.device_get((start, loss, grads, stats, outputs, dict(batch)))
+    (loss, (stats, after, _)), grads = gradients(state.params, state.model_state, frozen, batch)
+    host = jax.device_get((start, loss, grads, (stats, after), outputs, dict(batch)))
     losses = []
     feed = data.training(0)
     for _ in range(20):
@@ -66,8 +74,8 @@ def one_step(config, devices, start=None):
 
 
 @functools.cache
-def reference():
-    return one_step(sharded_config(), 1)
+def reference(name="pretrain"):
+    return one_step(sharded_config(), 1, name=name)
 
 
 @pytest.mark.parametrize(("devices", "mesh"), MESHES)
@@ -81,6 +89,25 @@ def test_another_mesh_trains_the_same(devices, mesh):
     np.testing.assert_array_equal(outputs["valid"], outputs_1["valid"])  # masks
     jax.tree.map(np.testing.assert_array_equal, stats, stats_1)
     assert loss == pytest.approx(loss_1, rel=1e-5)  # with dropout: its bits are equal too
+    assert_gradients_close(grads, grads_1, 1e-4)
+    assert losses[-1] == pytest.approx(losses_1[-1], rel=1e-3)
+
+
+@pytest.mark.parametrize(("devices", "mesh"), [MESHES[2], MESHES[3]])
+def test_another_mesh_distils_the_same_codebook_included(devices, mesh):
+    (start_1, loss_1, grads_1, (stats_1, after_1), out_1, batch_1), losses_1 = reference(
+        "tokenizer"
+    )
+    (start, loss, grads, (stats, after), outputs, batch), losses = one_step(
+        sharded_config(**mesh), devices, start_1, "tokenizer"
+    )
+    jax.tree.map(np.testing.assert_array_equal, (start, batch), (start_1, batch_1))
+    # This state has no code with a margin so small that the reduction order decides.
+    np.testing.assert_array_equal(outputs["token_ids"], out_1["token_ids"])
+    np.testing.assert_array_equal(stats["counts"], stats_1["counts"])
+    np.testing.assert_allclose(after["codebook"], after_1["codebook"], rtol=0, atol=1e-5)
+    assert np.max(np.abs(after["codebook"] - start.model_state["codebook"])) > 1e-4
+    assert loss == pytest.approx(loss_1, rel=1e-5)
     assert_gradients_close(grads, grads_1, 1e-4)
     assert losses[-1] == pytest.approx(losses_1[-1], rel=1e-3)
 

@@ -6,25 +6,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import assert_gradients_close, assert_trees_equal, load_config, tiny_config
+from runs import ROOT, assert_gradients_close, assert_trees_equal, load_config, tiny_config
 
 from beats_jax import optim, sharding, start, train
 from beats_jax.checkpoint import load_params
 from beats_jax.data.dataset import Data
-from beats_jax.models.tokenizer import init_random_projection
+from beats_jax.fbank import num_tokens
+from beats_jax.models.beats import BEATs
+from beats_jax.models.tokenizer import Tokenizer, init_random_projection
+from beats_jax.stages import Pretrained, model_arguments
+from beats_jax.stages.tokenizer import KMEANS_VECTORS
 from beats_jax.writers import read_metrics
 
-CONFIGS = ("smoke", "iter1", "local_esc50")
+CONFIGS = ("smoke", "iter1", "iter2", "iter3", "iter3plus", "local_esc50")
+PROJECTION = tuple(f"random_projection__{field}" for field in ("mode", "dim", "pool"))
 
 
-def build(config, devices=1):
+def build(config, devices=1, name="pretrain", given=None):
     """Everything `run_stage` makes before its loop, on the first `devices` devices."""
-    section = config.pretrain
+    section = config[name]
     mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[:devices])
-    stage, frozen = train.STAGES["pretrain"](config)
-    frozen = jax.device_put(frozen, sharding.replicated(mesh))
+    stage, frozen = train.STAGES[name](config, given)
+    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     data = Data.open(config, section.batch_size, mesh, "unused")
-    tx, schedule = optim.make_optimizer(section)
+    tx, schedule = optim.make_optimizer(section, config.adamw)
     init = start.state_maker(stage, tx, config.seed, data.clip_samples)
     like = start.abstract_state(init, mesh)
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
@@ -65,8 +70,8 @@ def test_bfloat16_computes_the_same_step_roughly_and_keeps_float32_parameters():
         {"pretrain__mask_token": "zeros"},
         {"pretrain__label_smoothing": 0.1},
         {"input__frontend": "host"},
-        {"tokenizer__mode": "paper", "tokenizer__dim": 256, "tokenizer__pool": 1},
-        {"tokenizer__mode": "espnet", "tokenizer__dim": 256, "tokenizer__pool": 1},
+        dict(zip(PROJECTION, ("paper", 256, 1), strict=True)),
+        dict(zip(PROJECTION, ("espnet", 256, 1), strict=True)),
         {"model__layerdrop": 0.5, "remat": "dots_with_no_batch_dims_saveable"},
     ],
 )
@@ -74,7 +79,7 @@ def test_every_option_changes_the_loss_and_stays_finite(option):
     losses = []
     for changes in ({}, option):
         config = tiny_config(input__backend="numpy", **changes)
-        stage, frozen = train.STAGES["pretrain"](config)
+        stage, frozen = train.STAGES["pretrain"](config, None)
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         data = Data.open(config, 8, mesh, "unused")
         batch = next(data.training(0))
@@ -140,7 +145,7 @@ def test_a_bad_clip_stops_the_run_by_name_and_the_state_stays_good(tmp_path):
 
 def test_a_diverging_run_keeps_its_last_good_checkpoint(tmp_path):
     config = tiny_config(
-        input__backend="numpy", pretrain__lr=1e30, pretrain__clip_norm=0.0, pretrain__save_every=1
+        input__backend="numpy", pretrain__lr=1e30, adamw__clip_norm=0.0, pretrain__save_every=1
     )
     with pytest.raises(FloatingPointError, match=r"loss nan at step \d.*the newest checkpoint is"):
         train.run_stage(config, "pretrain", tmp_path)
@@ -183,12 +188,34 @@ def test_init_from_takes_the_weights_and_resume_the_whole_state(tmp_path):
     assert steps == [3, 4]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_builds_and_traces_a_step(name):
+def abstract_model(config, kind):
+    """A teacher or a tokenizer of the config's own size, without its weights."""
+    model = BEATs(**model_arguments(config))
+    patches = jax.ShapeDtypeStruct((1, 8, 256), jnp.float32)
+    made = model if kind == "encoder" else Tokenizer(model, config.tokenizer.codebook_dim)
+    params = jax.eval_shape(made.init, jax.random.key(0), patches)["params"]
+    params = {"encoder": params} if kind == "encoder" else params
+    codebook = np.zeros((config.tokenizer.codebook_size, config.tokenizer.codebook_dim), np.float32)
+    codebook = codebook if kind == "tokenizer" else None
+    return Pretrained(kind, model, params, codebook, config.data.mean, config.data.std, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "stage_name"),
+    [
+        (c, s)
+        for c in CONFIGS
+        for s in ("tokenizer", "pretrain")
+        if (c, s) != ("iter1", "tokenizer")
+    ],
+)
+def test_every_config_builds_and_traces_a_step(name, stage_name):
     config = load_config(name)
-    section = config.pretrain
-    stage, frozen = train.STAGES["pretrain"](config)
-    tx, _ = optim.make_optimizer(section)
+    section = config[stage_name]
+    given = "encoder" if stage_name == "tokenizer" else None if name == "iter1" else "tokenizer"
+    given = given and abstract_model(config, given)
+    stage, frozen = train.STAGES[stage_name](config, given)
+    tx, _ = optim.make_optimizer(section, config.adamw)
     length = int(config.data.clip_seconds * 16000)
     batch = {
         "waveform": jax.ShapeDtypeStruct((4, length), jnp.int16),
@@ -196,20 +223,26 @@ def test_every_config_builds_and_traces_a_step(name):
         "counter": jax.ShapeDtypeStruct((4,), jnp.uint32),
     }
 
-    def one_step(batch):
+    def one_step(frozen, batch):
         params, model_state = stage.init(jax.random.key(0), batch)
         loss, *_ = stage.loss_fn(params, model_state, frozen, batch, jax.random.key(1))
         return loss, tx.init(params), stage.eval_fn(params, model_state, frozen, batch)
 
-    loss, opt_state, _ = jax.eval_shape(one_step, batch)
+    loss, opt_state, _ = jax.eval_shape(one_step, frozen, batch)
     assert loss.shape == ()
     count = sum(np.prod(x.shape) for x in jax.tree.leaves(opt_state[1][0].mu["encoder"]))
     wanted = {"base": 90_311_792}.get(config.model.preset)
     assert count == wanted if wanted else count > 0
-    assert (
-        len((train.Path(__file__).parents[1] / "configs" / f"{name}.py").read_text().splitlines())
-        <= 80
-    )
+    assert stage.flops_per_clip > 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_are_short_and_kmeans_sees_enough(name):
+    assert len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) <= 80
+    config = load_config(name)
+    batches = config.tokenizer.calibration_batches * config.tokenizer.batch_size
+    if name != "smoke":
+        assert batches * num_tokens(int(config.data.clip_seconds * 16000)) >= KMEANS_VECTORS
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +16,9 @@ from jax.sharding import Mesh
 from beats_jax import sharding
 from beats_jax.data.order import held_out
 from beats_jax.data.pipeline import eval_batches, train_batches
-from beats_jax.data.sources import INDEX, Clips, join, open_clips
+from beats_jax.data.sources import INDEX, Clips, join, open_clips, windows
 from beats_jax.data.synthetic import synthetic_clips
+from beats_jax.data.token_store import open_store
 from beats_jax.fbank import SAMPLE_RATE
 
 log = logging.getLogger("beats_jax")
@@ -76,19 +78,29 @@ def open_data(data: Any, workdir: str | Path) -> tuple[Clips, Clips]:
 
     Args:
       data: `source` ("folder", "synthetic"), `dir`, `filter`, `group`, `val_fraction`,
-        `clip_seconds`; for synthetic sounds `num_clips`.
+        `clip_seconds`; `crop`: "random", or "grid" for windows that lie side by side; `token_ids`,
+        a folder of stored tokens, which belong to the grid; for synthetic sounds `num_clips`.
       workdir: the run's.
 
     Raises:
-      ValueError: no such source, no `dir`, no audio, a filter that leaves nothing.
+      ValueError: no such source, no `dir`, no audio, a filter that leaves nothing; stored tokens
+        with random crops, or of other windows than these.
       FileNotFoundError: `dir` is not there.
     """
+    if data.crop not in ("random", "grid"):
+        raise ValueError(f'data.crop "{data.crop}" is unknown; use "random" or "grid"')
+    if data.token_ids and data.crop != "grid":
+        raise ValueError(
+            f'data.token_ids holds ids of fixed windows, but data.crop is "{data.crop}": set '
+            "--config.data.crop=grid, or leave --config.data.token_ids empty"
+        )
     if data.source == "synthetic":
         clips = synthetic_clips(data.num_clips, data.clip_seconds, seed=0)
     elif data.source == "folder":
-        clips = _open_folders(data.dir, Path(workdir) / "data")
+        clips = open_folders(data.dir, Path(workdir) / "data")
     else:
         raise ValueError(f'data.source "{data.source}" is unknown; use "folder" or "synthetic"')
+    clips = _grid(clips, data) if data.crop == "grid" else clips
     clips = clips.select(data.filter)
     groups = clips.columns.get(data.group, clips.ids)
     groups = [group or own for group, own in zip(groups, clips.ids, strict=True)]
@@ -96,15 +108,37 @@ def open_data(data: Any, workdir: str | Path) -> tuple[Clips, Clips]:
     return clips.select(keep=~val), clips.select(keep=val)
 
 
-def _open_folders(folders: str, cache: Path) -> Clips:
-    """One folder, or several with commas between them as one set."""
+def _grid(clips: Clips, data: Any) -> Clips:
+    """The windows of all clips, with their stored tokens if there are any."""
+    clip_samples = round(data.clip_seconds * SAMPLE_RATE)
+    clips = windows(clips, clip_samples)
+    if not data.token_ids:
+        return clips
+    store = open_store(data.token_ids)
+    store.check(clip_samples=clip_samples, mean=data.mean, std=data.std, dataset=clips.fingerprint)
+    return dataclasses.replace(clips, token_ids=store.ids)
+
+
+def open_folders(folders: str, cache: Path | None = None) -> Clips:
+    """One folder, or several with commas between them as one set.
+
+    Args:
+      folders: prepared ones; where `cache` is given also audio, which is prepared into it.
+
+    Raises:
+      ValueError: none named, two of one name, or not prepared.
+      FileNotFoundError: one is not there.
+    """
     paths = [Path(folder.strip()) for folder in folders.split(",") if folder.strip()]
     names = [path.resolve().name for path in paths]
     if not paths:
         raise ValueError("no audio named; set --config.data.dir=FOLDER (or FOLDER,FOLDER)")
     if len(set(names)) < len(names):
         raise ValueError(f"data.dir: folders need different names, got {', '.join(names)}")
-    sets = {n: open_clips(_prepared(p, cache / n)) for n, p in zip(names, paths, strict=True)}
+    sets = {
+        name: open_clips(_prepared(path, cache / name) if cache else path)
+        for name, path in zip(names, paths, strict=True)
+    }
     return join(sets) if len(sets) > 1 else sets[names[0]]
 
 

@@ -17,10 +17,17 @@ import numpy as np
 
 from beats_jax.data import order
 from beats_jax.data.sources import Clips
+from beats_jax.data.token_store import PADDING
 from beats_jax.fbank import MEAN, STD, fbank, patchify
 
 Batch = dict[str, np.ndarray]
-DTYPES = {"waveform": np.int16, "num_samples": np.int32, "counter": np.uint32, "index": np.int32}
+DTYPES = {
+    "waveform": np.int16,
+    "num_samples": np.int32,
+    "counter": np.uint32,
+    "index": np.int32,
+    "token_ids": np.int32,  # where the clips have them
+}
 Batches = Generator[Batch, None, None]
 T = TypeVar("T")
 
@@ -59,7 +66,8 @@ def train_batches(
     Returns:
         An iterator of dicts, b = number of rows: `waveform` int16 [b, clip_samples] (device) or
         `patches` float32 [b, L, 256] (host); `num_samples` int32 [b], valid samples of the crop;
-        `counter` uint32 [b], the example's number; `index` int32 [b], its position in `clips`.
+        `counter` uint32 [b], the example's number; `index` int32 [b], its position in `clips`;
+        `token_ids` int32 [b, L] where `clips` has stored ones, 0 at padding.
         Closing or dropping it stops its threads. What goes wrong in them is raised here.
     """
     _check(clips, batch_size, clip_samples)
@@ -71,8 +79,8 @@ def train_batches(
         starts = order.crop_starts(seed, counters, clips.num_samples[index], clip_samples)
         return _read(clips, index, starts, counters, clip_samples)
 
-    numbers, shape = range(start, sys.maxsize), (len(taken), clip_samples)
-    return _execute(make, numbers, shape, backend, frontend, mean, std, workers, prefetch)
+    numbers, shapes = range(start, sys.maxsize), _shapes(clips, len(taken), clip_samples)
+    return _execute(make, numbers, shapes, backend, frontend, mean, std, workers, prefetch)
 
 
 def eval_batches(
@@ -80,6 +88,7 @@ def eval_batches(
     *,
     batch_size: int,
     clip_samples: int,
+    start: int = 0,
     rows: slice | np.ndarray = slice(None),
     backend: str = "tf",
     frontend: str = "host",
@@ -100,8 +109,9 @@ def eval_batches(
         index = np.where(counters < len(clips), counters, -1)
         return _read(clips, index, np.zeros_like(index), counters, clip_samples)
 
-    numbers, shape = range(-(-len(clips) // batch_size)), (len(taken), clip_samples)
-    return _execute(make, numbers, shape, backend, frontend, mean, std, workers, prefetch)
+    numbers = range(start, -(-len(clips) // batch_size))
+    shapes = _shapes(clips, len(taken), clip_samples)
+    return _execute(make, numbers, shapes, backend, frontend, mean, std, workers, prefetch)
 
 
 def _check(clips: Clips, batch_size: int, clip_samples: int) -> None:
@@ -122,18 +132,32 @@ def _read(
         crop = samples[starts[row] : starts[row] + clip_samples]
         waveform[row, : len(crop)] = crop
         num_samples[row] = len(crop)
-    return {
+    batch = {
         "waveform": waveform,
         "num_samples": num_samples,
         "counter": counters.astype(np.uint32),
         "index": index.astype(np.int32),
     }
+    if clips.token_ids is not None:
+        token_ids = np.zeros((len(index), clips.token_ids.shape[1]), np.int32)
+        token_ids[real] = clips.token_ids[clips.records[index[real]]]
+        batch["token_ids"] = np.where(token_ids == PADDING, 0, token_ids)
+    return batch
+
+
+def _shapes(clips: Clips, rows: int, clip_samples: int) -> dict[str, tuple[int, ...]]:
+    """Of every array of a batch."""
+    shapes = dict.fromkeys(("num_samples", "counter", "index"), (rows,))
+    shapes = {"waveform": (rows, clip_samples), **shapes}
+    if clips.token_ids is not None:
+        shapes["token_ids"] = (rows, clips.token_ids.shape[1])
+    return shapes
 
 
 def _execute(
     make: Callable[[int], Batch],
     numbers: range,
-    shape: tuple[int, int],
+    shapes: dict[str, tuple[int, ...]],
     backend: str,
     frontend: str,
     mean: float,
@@ -155,7 +179,7 @@ def _execute(
 
     if backend == "numpy":
         return _numpy_batches(lambda number: finish(make(number)), numbers, workers, prefetch)
-    return _tf_batches(make, finish, numbers, shape, workers, prefetch)
+    return _tf_batches(make, finish, numbers, shapes, workers, prefetch)
 
 
 def _numpy_batches(
@@ -186,7 +210,7 @@ def _tf_batches(
     make: Callable[[int], Batch],
     finish: Callable[[dict[str, Any]], dict[str, Any]],
     numbers: range,
-    shape: tuple[int, int],
+    shapes: dict[str, tuple[int, ...]],
     workers: int,
     prefetch: int,
 ) -> Batches:
@@ -197,17 +221,18 @@ def _tf_batches(
     def call(number: np.ndarray) -> list[np.ndarray]:
         try:
             batch = make(int(number))
-            return [batch[name] for name in DTYPES]
+            return [batch[name] for name in shapes]
         except BaseException as failure:
             failures.append(failure)
             raise
 
     @tf.autograph.experimental.do_not_convert
     def read(number: Any) -> dict[str, Any]:
-        values = tf.numpy_function(call, [number], list(DTYPES.values()), stateful=False)
-        batch = dict(zip(DTYPES, values, strict=True))
+        dtypes = [DTYPES[name] for name in shapes]
+        values = tf.numpy_function(call, [number], dtypes, stateful=False)
+        batch = dict(zip(shapes, values, strict=True))
         for name, value in batch.items():
-            value.set_shape(shape if name == "waveform" else shape[:1])
+            value.set_shape(shapes[name])
         return finish(batch)
 
     data = tf.data.Dataset.range(numbers.start, numbers.stop)

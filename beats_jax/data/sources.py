@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from beats_jax.fbank import MIN_SAMPLES
+
 INDEX = "index.json"  # written last and in one piece: a folder without it is not finished
 AUDIO_SUFFIXES = frozenset(
     ".wav .flac .ogg .oga .opus .mp3 .m4a .mp4 .aac .wma .webm .aif .aiff .au .caf .w64".split()
@@ -37,6 +39,7 @@ class Clips:
         digests: sha256 of each clip's PCM bytes.
         read: record number -> int16 [n_i].
         records: int64 [n], the record number of each clip.
+        token_ids: uint16 [records, L], stored tokens by record number (see `token_store`), if any.
     """
 
     ids: list[str]
@@ -45,6 +48,7 @@ class Clips:
     digests: list[str]
     read: Callable[[int], np.ndarray]
     records: np.ndarray
+    token_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -72,6 +76,7 @@ class Clips:
             digests=[self.digests[i] for i in rows],
             read=self.read,
             records=self.records[rows],
+            token_ids=self.token_ids,
         )
 
 
@@ -99,6 +104,30 @@ def join(parts: Mapping[str, Clips]) -> Clips:
         digests=[digest for clips in sets for digest in clips.digests],
         read=read,
         records=np.arange(ends[-1]),
+    )
+
+
+def windows(clips: Clips, clip_samples: int) -> Clips:
+    """Every clip cut at multiples of `clip_samples`: the fixed grid, in the place of random crops.
+
+    A window keeps its clip's id and metadata. The last one of a clip is shorter; it is left out
+    where it would not hold a token (under 2800 samples), unless it is the only one.
+    """
+    counts = 1 + np.maximum(clips.num_samples - MIN_SAMPLES, 0) // clip_samples
+    clip = np.repeat(np.arange(len(clips)), counts)
+    start = (np.arange(len(clip)) - (np.cumsum(counts) - counts)[clip]) * clip_samples
+
+    def read(window: int) -> np.ndarray:
+        first = start[window]
+        return clips.read(int(clips.records[clip[window]]))[first : first + clip_samples]
+
+    return Clips(
+        ids=[clips.ids[i] for i in clip],
+        num_samples=np.minimum(clips.num_samples[clip] - start, clip_samples),
+        columns=_take(clips.columns, clip),
+        digests=[f"{clips.digests[i]}@{s}" for i, s in zip(clip, start, strict=True)],
+        read=read,
+        records=np.arange(len(clip)),
     )
 
 

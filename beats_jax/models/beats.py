@@ -64,12 +64,12 @@ class BEATs(Transformer):
         if visible is not None:
             patches = gather_rows(patches, visible)
             padding_mask = ~visible.valid
-        x = _dense(self.patch_dim, PATCH_SIZE**2, "patch_embedding", self.dtype, self.conv_bias)(
+        x = dense(self.patch_dim, PATCH_SIZE**2, "patch_embedding", self.dtype, self.conv_bias)(
             patches
         )
         x = normalise("layer_norm", x, self.dtype)
         if self.patch_dim != self.embed_dim:
-            x = _dense(self.embed_dim, self.patch_dim, "post_extract_proj", self.dtype)(x)
+            x = dense(self.embed_dim, self.patch_dim, "post_extract_proj", self.dtype)(x)
         grid = {} if visible is None or compact else {"visible": visible, "length": length}
         return Encoder(**self.settings(), name="encoder")(
             x,
@@ -108,7 +108,7 @@ class Predictor(Transformer):
         if self.mask_token not in ("learned", "zeros"):
             raise ValueError(f"mask_token is {self.mask_token!r}; want 'learned' or 'zeros'")
         if self.mask_token == "learned":
-            x = _dense(self.embed_dim, x.shape[-1], "connector", self.dtype)(x)
+            x = dense(self.embed_dim, x.shape[-1], "connector", self.dtype)(x)
             token = self.param("mask_token", nn.initializers.normal(0.02), (self.embed_dim,))
             _, seen = slot_of_token(visible, length)
             x = scatter_rows(x, visible, length)
@@ -117,10 +117,11 @@ class Predictor(Transformer):
             x = scatter_rows(x.astype(self.dtype), visible, length)
         x = self.run_layers(x, padding_mask, None, length, deterministic)[-1]
         x = normalise("layer_norm", x, jnp.float32)
-        return _dense(self.num_classes, self.embed_dim, "head", jnp.float32)(x)
+        return dense(self.num_classes, self.embed_dim, "head", jnp.float32)(x)
 
 
-def _dense(features: int, fan_in: int, name: str, dtype: Any, use_bias: bool = True) -> nn.Dense:
+def dense(features: int, fan_in: int, name: str, dtype: Any, use_bias: bool = True) -> nn.Dense:
+    """A Linear as PyTorch starts it."""
     init = torch_uniform(fan_in)
     return nn.Dense(features, use_bias, dtype, kernel_init=init, bias_init=init, name=name)
 

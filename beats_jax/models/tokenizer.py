@@ -1,18 +1,27 @@
-"""Iteration 1's tokenizer: a frozen random projection and a random codebook, from a seed.
+"""Patches to acoustic tokens: by random projection (iteration 1), by a distilled encoder (later).
 
-The arrays come from numpy's RandomState, whose streams are frozen for good: a seed means the same
-tokens on every machine and under every version. They are an argument of the functions, not a
-constant in the compiled step.
+The random projection is a frozen matrix and codebook from a seed. Its arrays come from numpy's
+RandomState, whose streams are frozen for good: a seed means the same tokens on every machine and
+under every version.
+
+The distilled tokenizer (paper, section 3.2) is an encoder, a projection to the codebook's space
+and the nearest code; in training an `Estimator` has to tell the teacher's output from the codes
+alone. Either way the arrays are arguments of the functions, not constants in the compiled step.
 """
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from beats_jax.fbank import MEL_BANKS, PATCH_SIZE, patchify, unpatchify
+from beats_jax.models.beats import BEATs, dense
+from beats_jax.models.encoder import Transformer, normalise
+from beats_jax.models.quantizer import quantize
 
 MODES = ("bestrq", "paper", "espnet")
 _ESPNET_PATCH_DIM = 512
@@ -152,3 +161,70 @@ def _standardise(x: jax.Array) -> jax.Array:
 
 def _matmul(x: jax.Array, weight: jax.Array | np.ndarray) -> jax.Array:
     return jnp.matmul(x, jnp.asarray(weight), precision="highest")
+
+
+class Tokenizer(nn.Module):
+    """An encoder and the projection of its features to the codebook's space."""
+
+    encoder: BEATs
+    codebook_dim: int = 256
+
+    @nn.compact
+    def __call__(
+        self,
+        patches: jax.Array,
+        padding_mask: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+        zero_padding: bool = True,
+    ) -> jax.Array:
+        """patches [B, L, 256], padding_mask bool [B, L] -> float32 [B, L, codebook_dim].
+
+        The official `quantize_layer`: Linear, tanh, Linear; in float32, because codes can lie close
+        together. Not normalised yet: `quantize` does that. `zero_padding` as in `BEATs`.
+        """
+        x = self.encoder(
+            patches, padding_mask, deterministic=deterministic, zero_padding=zero_padding
+        )
+        dim = self.encoder.embed_dim
+        x = nn.tanh(dense(dim, dim, "quantize_layer_0", jnp.float32)(x.astype(jnp.float32)))
+        return dense(self.codebook_dim, dim, "quantize_layer_2", jnp.float32)(x)
+
+
+class Estimator(Transformer):
+    """Tells the teacher's output at every patch from the codes; used in training only.
+
+    Layers as the encoder's with their own relative bias and no positional convolution. The paper
+    says three layers; the Linear before and the LayerNorm after them are ESPnet's. The last Linear
+    is there where the target is no feature of the same width: the logits of a supervised teacher.
+    """
+
+    num_layers: int = 3
+    target_dim: int | None = None  # of the last Linear; None = no Linear
+
+    @nn.compact
+    def __call__(
+        self,
+        codes: jax.Array,
+        padding_mask: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """codes [B, L, codebook_dim], padding_mask bool [B, L] -> float32 [B, L, target_dim]."""
+        x = dense(self.embed_dim, codes.shape[-1], "connector", self.dtype)(codes)
+        x = self.run_layers(x, padding_mask, None, x.shape[1], deterministic)[-1]
+        x = normalise("layer_norm", x, jnp.float32)
+        if self.target_dim is None:
+            return x
+        return dense(self.target_dim, self.embed_dim, "head", jnp.float32)(x)
+
+
+def distilled_ids(
+    model: Tokenizer,
+    params: Any,
+    codebook: jax.Array,
+    patches: jax.Array,
+    padding_mask: jax.Array | None = None,
+) -> jax.Array:
+    """Labels patches [B, L, 256] with the nearest learned code: int32 [B, L]; changes nothing."""
+    vectors: Any = model.apply({"params": params}, patches, padding_mask)
+    return quantize(vectors, codebook).ids

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from beats_jax.fbank import fbank, patchify
-from beats_jax.models.beats import PRESETS
+from beats_jax.models.beats import PRESETS, BEATs
 
 Batch = Mapping[str, jax.Array]
 Metrics = Mapping[str, Any]  # name -> metrics.Mean | Histogram | Spread: they add
@@ -41,8 +42,48 @@ class Stage(NamedTuple):
     eval_fn: Callable
     # (floats by name) -> None, or what is unhealthy and what to change
     warn: Callable
+    # (floats by name) -> None, or why the run must not go on and what to change
+    alarm: Callable
     # analytic cost of one training step
     flops_per_clip: float
+
+
+class Pretrained(NamedTuple):
+    """A model of an earlier stage, or of an official file: a teacher, a tokenizer, a start.
+
+    Attributes:
+      kind: "encoder", "finetuned" or "tokenizer".
+      model: the encoder.
+      params: numpy arrays: `encoder`; of a fine-tuned model also `head` (kernel, bias); of a
+        tokenizer also `quantize_layer_0` and `_2`; whatever else was trained with them.
+      codebook: float32 [K, Dq], a tokenizer's.
+      mean, std: the log-mel's normalisation that it was trained with.
+      source: where it comes from: path, kind, step, params_sha256, lineage.
+    """
+
+    kind: str
+    model: BEATs
+    params: Any
+    codebook: np.ndarray | None
+    mean: float
+    std: float
+    source: dict[str, Any]
+
+    @property
+    def num_codes(self) -> int:
+        """Size of a tokenizer's codebook, K; 0 of any other model."""
+        return 0 if self.codebook is None else len(self.codebook)
+
+
+def renormalisation(model: Pretrained, config: Any) -> np.ndarray:
+    """[2] float32: factor and offset that turn the config's normalised log-mel into the model's."""
+    factor = config.data.std / model.std
+    return np.asarray([factor, (config.data.mean - model.mean) / (2 * model.std)], np.float32)
+
+
+def no_alarm(metrics: Mapping[str, float]) -> str | None:
+    """Of a stage that nothing stops but a loss that is not finite."""
+    del metrics
 
 
 def named_key(rng: jax.Array, name: str) -> jax.Array:
@@ -75,8 +116,6 @@ def batch_patches(batch: Batch, mean: float, std: float) -> jax.Array:
 def model_arguments(config: Any) -> dict[str, Any]:
     """The arguments of `BEATs`: the config's preset, its other `model` fields, and the dtype.
 
-    `config.precision` "auto" computes in bfloat16 on accelerators and in float32 on a CPU.
-
     Raises:
       ValueError: unknown preset or precision.
     """
@@ -84,9 +123,18 @@ def model_arguments(config: Any) -> dict[str, Any]:
     preset = given.pop("preset")
     if preset not in PRESETS:
         raise ValueError(f'model.preset "{preset}" is unknown; use one of {", ".join(PRESETS)}')
+    dtype = compute_dtype(config.precision)
+    return {**PRESETS[preset], **given, "dtype": dtype, "remat": config.remat}
+
+
+def compute_dtype(precision: str) -> Any:
+    """float32 or bfloat16; "auto" is bfloat16 on accelerators and float32 on a CPU.
+
+    Raises:
+      ValueError: another word.
+    """
     precisions = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     precisions["auto"] = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    if config.precision not in precisions:
-        raise ValueError(f'precision "{config.precision}" is unknown; use {", ".join(precisions)}')
-    dtype = precisions[config.precision]
-    return {**PRESETS[preset], **given, "dtype": dtype, "remat": config.remat}
+    if precision not in precisions:
+        raise ValueError(f'precision "{precision}" is unknown; use {", ".join(precisions)}')
+    return precisions[precision]

@@ -2,7 +2,8 @@
 
 Three quarters of a clip's patches are hidden; the encoder sees the others, at their true
 positions, and a shallow predictor guesses every hidden patch's token. The tokenizer is frozen and
-comes in as an argument, or its ids come in the batch ("token_ids").
+comes in as an argument: the arrays of a random projection (iteration 1) or of a distilled tokenizer
+(later), which sees the whole clip; or its ids come in the batch ("token_ids").
 
 What a healthy run looks like: `loss` falls below `unigram_loss` (what guessing from each band's
 token counts would cost) within a few hundred steps and `masked_accuracy` leaves
@@ -11,25 +12,35 @@ token counts would cost) within a few hundred steps and `masked_accuracy` leaves
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from beats_jax.fbank import BANDS, SAMPLE_RATE, num_tokens
-from beats_jax.flops import encoder_flops, predictor_flops
+from beats_jax.flops import encoder_flops, predictor_flops, tokenizer_flops
 from beats_jax.losses import cross_entropy
 from beats_jax.masking import Visible, random_masking
 from beats_jax.metrics import Histogram, Mean, Spread, summarize
 from beats_jax.models.beats import BEATs, Predictor, token_padding_mask
-from beats_jax.models.tokenizer import init_random_projection, random_projection_ids
+from beats_jax.models.tokenizer import (
+    Tokenizer,
+    distilled_ids,
+    init_random_projection,
+    random_projection_ids,
+)
 from beats_jax.stages import (
     Metrics,
+    Pretrained,
     Stage,
     batch_patches,
+    compute_dtype,
     example_noise,
     model_arguments,
     named_key,
+    no_alarm,
+    renormalisation,
 )
 
 COUNT_DECAY = 0.999  # of the running code counts: about the last 1000 batches
@@ -114,7 +125,7 @@ def measure(
 def make(
     encoder: BEATs,
     predictor: Predictor,
-    tokenizer_options: dict[str, Any],
+    tokenize: Callable[[Any, jax.Array, jax.Array], jax.Array] | None,
     *,
     mean: float,
     std: float,
@@ -128,8 +139,8 @@ def make(
     Args:
       encoder: the model to train.
       predictor: turns the encoder's visible outputs into a token distribution at every place.
-      tokenizer_options: static arguments of `random_projection_ids`; `frozen["tokenizer"]` holds
-        its arrays.
+      tokenize: (frozen["tokenizer"], patches [B, L, 256], padding_mask [B, L]) -> ids int32 [B, L];
+        None where the batch has "token_ids".
       mean, std: the log-mel's normalisation.
       keep: share of patches the encoder sees (paper: 0.25).
       positions: "true", or "compact" to close the gaps as ESPnet does.
@@ -146,10 +157,9 @@ def make(
     def inputs(frozen, batch):
         patches = batch_patches(batch, mean, std)
         padding_mask = token_padding_mask(batch["num_samples"], patches.shape[1])
-        if "token_ids" in batch:
+        if tokenize is None or "token_ids" in batch:
             return patches, padding_mask, batch["token_ids"]
-        ids = random_projection_ids(frozen["tokenizer"], patches, std=std, **tokenizer_options)
-        return patches, padding_mask, ids
+        return patches, padding_mask, tokenize(frozen["tokenizer"], patches, padding_mask)
 
     def forward(params, patches, padding_mask, noise, rngs=None):
         visible, hidden = random_masking(noise, padding_mask, keep)
@@ -228,7 +238,7 @@ def make(
         shown = {"patches": patches, "token_ids": token_ids, "padding_mask": padding_mask}
         return metrics, tokens | shown
 
-    return Stage(init, calibrate, loss_fn, update_fn, eval_fn, warn, flops_per_clip)
+    return Stage(init, calibrate, loss_fn, update_fn, eval_fn, warn, no_alarm, flops_per_clip)
 
 
 def _spread(features: jax.Array, valid: jax.Array) -> Spread:
@@ -243,8 +253,8 @@ def warn(metrics: dict[str, float]) -> str | None:
     if metrics.get("code_perplexity", LOW_PERPLEXITY) < LOW_PERPLEXITY:
         return (
             f"the tokens use only {metrics['code_perplexity']:.0f} codes' worth of the codebook "
-            "(perplexity): loudness probably decides them; lower "
-            "--config.tokenizer.loudness_weight, or check --config.data.mean and .std "
+            "(perplexity): of a random projection loudness probably decides them; lower "
+            "--config.random_projection.loudness_weight, or check --config.data.mean and .std "
             "(`beats-jax stats`)"
         )
     if "masked_accuracy" in metrics and (
@@ -260,37 +270,93 @@ def warn(metrics: dict[str, float]) -> str | None:
     return None
 
 
-def from_config(config: Any) -> tuple[Stage, dict[str, Any]]:
+def random_projection(config: Any) -> tuple[Callable, dict[str, Any], int]:
+    """Iteration 1's tokenizer: how ids come from patches, its arrays, the number of codes."""
+    options = config.random_projection
+    arrays = init_random_projection(
+        options.seed,
+        codebook_size=options.codebook_size,
+        dim=options.dim,
+        pool=options.pool,
+        mode=options.mode,
+    )
+
+    def tokenize(arrays, patches, padding_mask):
+        del padding_mask
+        return random_projection_ids(
+            arrays,
+            patches,
+            mode=options.mode,
+            loudness_weight=options.loudness_weight,
+            std=config.data.std,
+        )
+
+    return tokenize, arrays, options.codebook_size
+
+
+def distilled(config: Any, tokenizer: Pretrained) -> tuple[Callable, dict[str, Any], Tokenizer]:
+    """A learned tokenizer: how ids come from patches, its arrays, its model."""
+    assert tokenizer.codebook is not None
+    encoder = tokenizer.model.clone(dtype=compute_dtype(config.precision), remat="")
+    model = Tokenizer(encoder, tokenizer.codebook.shape[1])
+    used = ("encoder", "quantize_layer_0", "quantize_layer_2")
+    arrays = {
+        "params": {name: tokenizer.params[name] for name in used},
+        "codebook": tokenizer.codebook,
+        "renormalise": renormalisation(tokenizer, config),
+    }
+
+    def tokenize(arrays, patches, padding_mask):
+        factor, offset = arrays["renormalise"]
+        patches = patches * factor + offset
+        return distilled_ids(model, arrays["params"], arrays["codebook"], patches, padding_mask)
+
+    return tokenize, arrays, model
+
+
+def from_config(config: Any, tokenizer: Pretrained | int | None) -> tuple[Stage, dict[str, Any]]:
     """The stage of a config, and what is frozen in it: the tokenizer's arrays.
+
+    Args:
+      config: of the run.
+      tokenizer: a distilled one; None for the random projection; or the number of codes, where the
+        ids come in the batch.
 
     Raises:
       ValueError: an unknown preset, tokenizer mode or option.
     """
-    section, tok = config.pretrain, config.tokenizer
+    section = config.pretrain
     model = BEATs(**model_arguments(config))
+    tokens = int(num_tokens(round(config.data.clip_seconds * SAMPLE_RATE)))
+    frozen: dict[str, Any] = {}
+    tokenize, labelling = None, 0.0
+    if tokenizer is None:
+        tokenize, frozen["tokenizer"], num_codes = random_projection(config)
+    elif isinstance(tokenizer, Pretrained):
+        tokenize, frozen["tokenizer"], labeller = distilled(config, tokenizer)
+        num_codes = tokenizer.num_codes
+        labelling = tokenizer_flops(labeller, tokens, num_codes)
+    else:
+        num_codes = tokenizer
     predictor = Predictor(
         **model.settings()
         | dict(
             num_layers=section.predictor_layers,
-            num_classes=tok.codebook_size,
+            num_classes=num_codes,
             mask_token=section.mask_token,
         )
     )
-    frozen = init_random_projection(
-        tok.seed, codebook_size=tok.codebook_size, dim=tok.dim, pool=tok.pool, mode=tok.mode
-    )
-    tokens = num_tokens(round(config.data.clip_seconds * SAMPLE_RATE))
     visible = round(section.visible * tokens)
     forward = encoder_flops(model, tokens, visible) + predictor_flops(predictor, tokens, visible)
     stage = make(
         model,
         predictor,
-        dict(mode=tok.mode, loudness_weight=tok.loudness_weight),
+        tokenize,
         mean=config.data.mean,
         std=config.data.std,
         keep=section.visible,
         positions=section.positions,
         label_smoothing=section.label_smoothing,
-        flops_per_clip=3 * forward,
+        flops_per_clip=3 * forward + labelling,
     )
-    return stage, {"tokenizer": frozen}
+    return stage, frozen

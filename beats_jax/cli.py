@@ -125,6 +125,9 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--agreement", metavar="PNG", help="picture to draw")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a window (10)")
     parser.add_argument("--filter", default="", help="clips to take, for --agreement")
+    for name in ("mean", "std"):
+        help = f"log-mel's {name} of the run that reads them (the tokenizer's own)"
+        parser.add_argument(f"--{name}", type=float, help=help)
     parser.add_argument("--precision", default="auto", help="float32, bfloat16 or auto (auto)")
     parser.add_argument("--batch-size", type=int, default=16, help="windows at a time (16)")
 
@@ -139,7 +142,13 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
         options = dict(clip_seconds=args.seconds, batch_size=args.batch_size)
         if args.store:
             equal = tokens.store_tokens(
-                tokenizer, clips, args.store, precision=args.precision, **options
+                tokenizer,
+                clips,
+                args.store,
+                precision=args.precision,
+                mean=args.mean,
+                std=args.std,
+                **options,
             )
             print(f"{args.store}: {100 * equal:.2f} % of a batch's ids are those of float32")
         if args.agreement:

@@ -36,7 +36,8 @@ def workdir(tmp_path_factory):
 
 
 def iteration(name="iter2", **overrides):
-    return tiny_config(**NUMPY, iteration=name, pretrain__steps=4, tokenizer__steps=4, **overrides)
+    small = dict(iteration=name, pretrain__steps=4, tokenizer__steps=4)
+    return tiny_config(**{**NUMPY, **small, **overrides})
 
 
 # --- distillation ---------------------------------------------------------------------------------

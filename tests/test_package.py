@@ -47,7 +47,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_the_package_and_the_configs_only(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "beats_jax").rglob("*.py")}
-    configs = {f"beats_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    configs = {
+        f"beats_jax/configs/{path.name}"
+        for path in (ROOT / "configs").iterdir()
+        if path.suffix in (".py", ".json")
+    }
     assert "beats_jax/configs/smoke.py" in configs
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

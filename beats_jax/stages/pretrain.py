@@ -253,9 +253,9 @@ def warn(metrics: dict[str, float]) -> str | None:
     if metrics.get("code_perplexity", LOW_PERPLEXITY) < LOW_PERPLEXITY:
         return (
             f"the tokens use only {metrics['code_perplexity']:.0f} codes' worth of the codebook "
-            "(perplexity): of a random projection loudness probably decides them; lower "
-            "--config.random_projection.loudness_weight, or check --config.data.mean and .std "
-            "(`beats-jax stats`)"
+            "(perplexity): a random projection's are probably decided by loudness, lower "
+            "--config.random_projection.loudness_weight or check --config.data.mean and .std "
+            "(`beats-jax stats`); a distilled tokenizer's own plots show where its codes went"
         )
     if "masked_accuracy" in metrics and (
         metrics["masked_accuracy"] < LOW_GAIN * metrics["unigram_accuracy"]

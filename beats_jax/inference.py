@@ -25,6 +25,7 @@ from beats_jax.fbank import (
     num_tokens,
 )
 from beats_jax.models.beats import BEATs, token_padding_mask
+from beats_jax.models.tokenizer import Tokenizer
 from beats_jax.stages import (
     Pretrained,
     batch_patches,
@@ -83,9 +84,14 @@ def untrained(stage_folder: str) -> Pretrained:
     config = meta["config"]
     if config["init_from"] or config["resume"]:
         raise ValueError(f"{stage_folder} did not start from scratch: it has no untrained encoder")
-    rng = named_key(jax.random.key(config["seed"]), "encoder")
-    weights = jax.jit(model.model.init)(rng, jnp.zeros((1, BANDS, PATCH_SIZE**2)))["params"]
-    return model._replace(params={"encoder": weights})
+    rng, patches = jax.random.key(config["seed"]), jnp.zeros((1, BANDS, PATCH_SIZE**2))
+    if model.codebook is not None:
+        tokenizer = Tokenizer(model.model, model.codebook.shape[1])
+        return model._replace(
+            params=jax.jit(tokenizer.init)(named_key(rng, "tokenizer"), patches)["params"]
+        )
+    encoder = jax.jit(model.model.init)(named_key(rng, "encoder"), patches)["params"]
+    return model._replace(params={"encoder": encoder})
 
 
 def pooled_features(

@@ -220,16 +220,20 @@ def _check_same_run(
             )
     for role, now in meta["lineage"].items():
         then = before["lineage"].get(role, {})
-        if role != "init_from" and _identity(then) != _identity(now):
+        if role != "init_from" and _content(then) != _content(now):
             raise ValueError(
-                f"{checkpoints.folder} was trained with the {role} {_identity(then)}, this run has "
-                f"{_identity(now)}: it changed under the run; take the old one back (…@STEP names "
+                f"{checkpoints.folder} was trained with the {role} {_name(then)}, this run has "
+                f"{_name(now)}: it changed under the run; take the old one back (…@STEP names "
                 f"an older checkpoint) or another --workdir"
             )
 
 
-def _identity(source: dict[str, Any]) -> str:
+def _content(source: dict[str, Any]) -> Any:
     """What a model of the lineage is, wherever it lies."""
+    return source.get("params_sha256", source.get("settings"))
+
+
+def _name(source: dict[str, Any]) -> str:
     if "params_sha256" not in source:
         return " ".join(f"{key} {value}" for key, value in source.get("settings", {}).items())
     step = "" if source["step"] is None else f"@{source['step']}"

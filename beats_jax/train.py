@@ -94,10 +94,12 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
         with clock.paused():
             checkpoints.save(state, {**meta, **seen}, figures)
 
-    def check_finite(step: int, batch: dict, sums: dict) -> None:
+    def check_good(step: int, batch: dict, sums: dict) -> None:
         if not sums["finite"]:
             bad = bad_clips(eval_step(state.params, state.model_state, frozen, batch)[1], batch)
             raise FloatingPointError(blame(step, sums, data.train_clips, bad, folder))
+        if reason := stage.alarm(sums["metrics"]):
+            raise FloatingPointError(f"step {step}: {reason}")
 
     with Signals() as signals, report, checkpoints:
         if not restored:
@@ -113,7 +115,7 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
             with jax.transfer_guard("disallow"):
                 state, sums = train_step(state, frozen, batch)
             if before:  # one step late, so that the device never waits for the host
-                check_finite(*before)
+                check_good(*before)
             before = (step, batch, sums)
 
             last = step == section.steps
@@ -126,15 +128,13 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
                 with clock.paused():
                     record |= evaluate(eval_step, state, frozen, data.validation(), folder, step)
             report.write(step, record)
-            if reason := stage.alarm(record):
-                raise FloatingPointError(f"step {step}: {reason}")
             if chief and (evaluated or last):
                 with clock.paused():
                     curves = folder / "plots" / "curves.png"
                     plots.plot_curves(read_metrics(folder), curves, reference)
             best_wanted = evaluated and section.keep_best
             if step % section.save_every == 0 or last or interrupted or best_wanted:
-                check_finite(*before)
+                check_good(*before)
                 save(state, step, record)
             if step == done + 1:
                 clock.restart(step)  # it compiled: no rate to go by

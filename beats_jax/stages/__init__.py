@@ -42,7 +42,7 @@ class Stage(NamedTuple):
     eval_fn: Callable
     # (floats by name) -> None, or what is unhealthy and what to change
     warn: Callable
-    # (floats by name) -> None, or why the run must not go on and what to change
+    # (one step's metrics) -> None, or why the run must not go on and what to change
     alarm: Callable
     # analytic cost of one training step
     flops_per_clip: float
@@ -81,7 +81,7 @@ def renormalisation(model: Pretrained, config: Any) -> np.ndarray:
     return np.asarray([factor, (config.data.mean - model.mean) / (2 * model.std)], np.float32)
 
 
-def no_alarm(metrics: Mapping[str, float]) -> str | None:
+def no_alarm(metrics: Metrics) -> str | None:
     """Of a stage that nothing stops but a loss that is not finite."""
     del metrics
 

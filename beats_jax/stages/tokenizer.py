@@ -201,11 +201,14 @@ def make(
         return {name: metrics[name] for name in figures}, {"nll": loss, "valid": valid} | shown
 
     def alarm(metrics):
-        if not collapse_steps or metrics.get("steps_collapsed", 0) < collapse_steps:
+        if not collapse_steps:
+            return None
+        total, weight = metrics["steps_collapsed"]
+        if (steps := float(total) / float(weight)) < collapse_steps:
             return None
         return (
             f"the codebook has collapsed: fewer than {collapse_share:.1%} of its {num_codes} codes "
-            f"in use for {metrics['steps_collapsed']:.0f} steps; start again in another --workdir "
+            f"in use for {steps:.0f} steps; start again in another --workdir "
             "with a lower --config.tokenizer.lr, a longer warmup_steps, another "
             "--config.tokenizer.commitment, or --config.tokenizer.revive_below=0.01"
         )

@@ -92,11 +92,11 @@ def test_wheel_works_in_an_empty_environment(wheel, tmp_path):
     where = run(python, "-c", "import beats_jax; print(beats_jax.__file__)").strip()
     assert Path(where).is_relative_to(tmp_path / "venv")
     assert "prepare" in run(python.with_name("beats-jax"), "--help")
-    steps = ["--config.pretrain.steps=4", "--config.pretrain.warmup_steps=1"]
+    steps = ["--config.pretrain.steps=4", "--config.tokenizer.steps=4"]
     sizes = ["--config.data.num_clips=24", "--config.data.clip_seconds=1.0"]
     smoke = ["--config=configs/smoke.py", f"--workdir={tmp_path / 'work'}"]
     run(python, "-m", "beats_jax.main", *smoke, *steps, *sizes)
-    assert (tmp_path / "work/iter1/pretrain/metrics.jsonl").exists()
+    assert (tmp_path / "work/iter2/pretrain/metrics.jsonl").exists()
 
 
 def test_configs_are_found_from_another_folder(tmp_path):
@@ -181,6 +181,20 @@ def test_local_forwards_flags_from_any_folder(clone, tmp_path):
     clone.run("local.sh", "mine.py", "--workdir", "w", "--config.seed=1", cwd=tmp_path)
     wanted = "-m beats_jax.main --config=mine.py --workdir w --config.seed=1"
     assert clone.take_calls()[-1] == wanted
+
+
+def test_loop_runs_the_iterations_in_order_and_stops_where_one_fails(clone):
+    for name in ("iter1", "iter2", "iter3"):
+        (clone.path / "configs" / f"{name}.py").touch()
+    assert clone.run("loop.sh").returncode == 2
+    done = clone.run("loop.sh", "W", "--config.seed=1", cwd=clone.path)
+    assert done.returncode == 0, done.stderr
+    call = "-m beats_jax.main --config=configs/{}.py --workdir=W --config.seed=1"
+    wanted = [call.format(name) for name in ("iter1", "iter2", "iter3")]
+    assert clone.take_calls()[-3:] == wanted
+    clone.write_python('[[ "$*" != *iter2* ]]')
+    assert clone.run("loop.sh", "W", cwd=clone.path).returncode == 1
+    assert ["iter1" in call for call in clone.take_calls()] == [True, False]
 
 
 def test_tests_run_without_torch_where_it_cannot_be_installed(clone):

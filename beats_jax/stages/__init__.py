@@ -59,6 +59,9 @@ class Pretrained(NamedTuple):
       codebook: float32 [K, Dq], a tokenizer's.
       mean, std: the log-mel's normalisation that it was trained with.
       source: where it comes from: path, kind, step, params_sha256, lineage.
+      labels: a fine-tuned model's classes in the order of its logits: names, or official MIDs.
+      task: of a fine-tuned model, "multi-label" (sigmoid) or "single-label" (softmax).
+      official: of an official file, what it holds besides (`convert.Leftovers`), to write it again.
     """
 
     kind: str
@@ -68,6 +71,9 @@ class Pretrained(NamedTuple):
     mean: float
     std: float
     source: dict[str, Any]
+    labels: tuple[str, ...] = ()
+    task: str = ""
+    official: Any = None
 
     @property
     def num_codes(self) -> int:

@@ -12,7 +12,8 @@ given, so that only the encoder is trained (and follows the file's architecture)
 
     python -m beats_jax.main --config=configs/iter3.py --workdir=W \
         --config.init_from=BEATs_iter3.pt --config.tokenizer.path=Tokenizer_iter3.pt \
-        --config.data.dir=MY_WAVS --config.pretrain.steps=20000 --config.pretrain.lr=1e-4
+        --config.data.dir=MY_WAVS --config.pretrain.steps=20000 \
+        --config.pretrain.warmup_steps=1000 --config.pretrain.lr=1e-4
 """
 
 import runpy

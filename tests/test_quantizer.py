@@ -47,7 +47,7 @@ def test_three_steps_and_an_evaluation(stored):
             quantized.unit.reshape(30, -1), quantized.ids.reshape(-1), everywhere, len(codebook)
         )
         codebook = quantizer.move_codes(codebook, **stats, decay=0.99)
-        usage = 0.99 * usage + 0.01 * stats["counts"]
+        usage = quantizer.move_usage(usage, stats["counts"], decay=0.99)
         assert_close(codebook, want["weight"])
         assert_close(usage, want["cluster_size"])
     _, (quantized, loss) = official_loss(jnp.asarray(stored["ema/z"][0]), codebook, 0.0)
@@ -108,8 +108,12 @@ def test_dead_codes_start_again_where_vectors_are():
     unit = quantizer.l2_normalise(jnp.asarray(rng.standard_normal((64, 8), np.float32)))
     where = jnp.arange(64) < 50
     noise = jax.random.uniform(jax.random.key(0), (64,))
-    candidates = quantizer.candidate_sums(noise, unit, where, 4)
-    assert_close(candidates.sum(0), unit[:50].sum(0))
+    candidates = quantizer.candidate_sums(noise, unit, where, 4, num_vectors=1)
+    assert_close(candidates.sum(0), unit[:50].sum(0))  # as many places as codes, at least
+    few = quantizer.candidate_sums(noise, unit, where, 4, num_vectors=64)
+    inside = (np.asarray(noise) * 64 < 4) & np.asarray(where)
+    assert 0 < inside.sum() < 16
+    assert_close(few.sum(0), unit[inside].sum(0))
     codebook = jnp.eye(4, 8)
     usage = jnp.asarray([5.0, 0.0, 5.0, 0.5])
     candidates = candidates.at[3].set(0.0)  # nothing fell there

@@ -93,6 +93,11 @@ def move_codes(
     return l2_normalise(decay * codebook + (1 - decay) * target)
 
 
+def move_usage(usage: jax.Array, counts: jax.Array, decay: float = 0.99) -> jax.Array:
+    """The moving average [K] of each code's count a batch, one batch (its `counts`) later."""
+    return decay * usage + (1 - decay) * counts
+
+
 def kmeans(
     rng: jax.Array, unit: jax.Array, where: jax.Array, num_codes: int, iterations: int = 10
 ) -> tuple[jax.Array, jax.Array]:
@@ -129,21 +134,24 @@ def kmeans_from(
 
 
 def candidate_sums(
-    noise: jax.Array, unit: jax.Array, where: jax.Array, num_codes: int
+    noise: jax.Array, unit: jax.Array, where: jax.Array, num_codes: int, num_vectors: int
 ) -> jax.Array:
-    """Throws every vector into a random one of K places and adds what falls together: [K, D].
+    """Throws vectors into K places, about one into each, and adds what falls together: [K, D].
 
     Their directions are where dead codes may start again. Sums, unlike a draw of K vectors, add
-    over micro-batches and devices.
+    over micro-batches and devices. Most vectors fall beside the places: sums of many would all
+    point to the vectors' common mean.
 
     Args:
         noise: float32 [N] in [0, 1): the throw.
         unit: float32 [N, D].
         where: bool [N], False = padding.
         num_codes: K.
+        num_vectors: in the whole global batch.
     """
-    place = (noise * num_codes).astype(jnp.int32)
-    return code_statistics(unit, place, where, num_codes)["sums"]
+    place = (noise * max(num_vectors, num_codes)).astype(jnp.int32)
+    inside = where & (place < num_codes)
+    return code_statistics(unit, jnp.minimum(place, num_codes - 1), inside, num_codes)["sums"]
 
 
 def revive(

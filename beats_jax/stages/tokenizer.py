@@ -33,6 +33,7 @@ from beats_jax.models.quantizer import (
     kmeans,
     l2_normalise,
     move_codes,
+    move_usage,
     quantize,
     revive,
 )
@@ -48,7 +49,7 @@ from beats_jax.stages import (
 )
 
 DEAD = 1e-3  # usage below it: at a decay of 0.99, not taken for some hundred batches
-KMEANS_VECTORS = 50_000  # enough to stop looking for more
+KMEANS_VECTORS = 50_000  # of several batches: enough to stop looking for more
 
 
 def make(
@@ -62,6 +63,7 @@ def make(
     commitment: float = 0.04,
     decay: float = 0.99,
     revive_below: float = 0.0,
+    batch_tokens: int = 0,
     collapse_share: float = 0.0,
     collapse_steps: int = 0,
     flops_per_clip: float = 0.0,
@@ -79,6 +81,7 @@ def make(
       decay: of the codebook's and the usage's moving averages.
       revive_below: usage (codes a batch) under which a code is thrown to where vectors are; 0 =
         never, as in the paper.
+      batch_tokens: patches in a global batch, which `revive_below` chooses from.
       collapse_share, collapse_steps: with less than this share of the codes in use for this many
         steps in a row the run stops; 0 = never.
       flops_per_clip: analytic cost of one training step per clip, for MFU.
@@ -158,7 +161,7 @@ def make(
         for batch in batches:
             parts.append(unit_vectors(params, batch))
             found += int(jnp.sum(parts[-1][1]))
-            if found >= KMEANS_VECTORS:
+            if found >= KMEANS_VECTORS and len(parts) > 1:
                 break
         codebook, bins = cluster(named_key(rng, "kmeans"), list(zip(*parts, strict=True)))
         report = {"kmeans_vectors": float(found), **summarize({"code": Histogram(bins)})}
@@ -176,14 +179,16 @@ def make(
         if revive_below:
             throw = example_noise(named_key(rng, "revive"), batch["counter"], valid.shape[1])
             where = valid.reshape(-1)
-            stats["candidates"] = candidate_sums(throw.reshape(-1), unit, where, num_codes)
+            stats["candidates"] = candidate_sums(
+                throw.reshape(-1), unit, where, num_codes, batch_tokens
+            )
         _, metrics = measure(model_state, valid, quantized, estimate, wanted, stats["counts"])
         # A codebook that follows its vectors is no function that gradients go through.
         return *metrics["loss"], (jax.lax.stop_gradient(stats), metrics)
 
     def update_fn(model_state, stats):
         codebook = move_codes(model_state["codebook"], stats["counts"], stats["sums"], decay)
-        usage = decay * model_state["usage"] + (1 - decay) * stats["counts"]
+        usage = move_usage(model_state["usage"], stats["counts"], decay)
         if revive_below:
             codebook, usage = revive(codebook, usage, stats["candidates"], revive_below)
         low = jnp.sum(stats["counts"] > 0) < collapse_share * num_codes
@@ -222,7 +227,7 @@ def warn(metrics: dict[str, float]) -> str | None:
     if used > 1 and perplexity < 0.1 * used:
         return (
             f"few codes do the work: perplexity {perplexity:.0f} of {used:.0f} codes in use; a "
-            "larger --config.tokenizer.commitment or more calibration_batches may help"
+            "larger --config.tokenizer.commitment may help"
         )
     if metrics.get("teacher_cosine", 1.0) < metrics.get("constant_cosine", 0.0):
         return (
@@ -256,7 +261,7 @@ def from_config(config: Any, teacher: Pretrained) -> tuple[Stage, dict[str, Any]
     )
     teacher_model = teacher.model.clone(dtype=model.encoder.dtype, remat="")
     tokens = int(num_tokens(round(config.data.clip_seconds * SAMPLE_RATE)))
-    student = tokenizer_flops(model, tokens) + estimator_flops(
+    student = tokenizer_flops(model, tokens, section.codebook_size) + estimator_flops(
         estimator, section.codebook_dim, tokens
     )
     stage = make(
@@ -269,6 +274,7 @@ def from_config(config: Any, teacher: Pretrained) -> tuple[Stage, dict[str, Any]
         commitment=section.commitment,
         decay=section.ema_decay,
         revive_below=section.revive_below,
+        batch_tokens=section.batch_size * tokens,
         collapse_share=section.collapse_share,
         collapse_steps=section.collapse_steps,
         flops_per_clip=encoder_flops(teacher_model, tokens) + 3 * student,

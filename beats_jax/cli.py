@@ -108,37 +108,154 @@ def probe(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def tokenize(parser: argparse.ArgumentParser) -> Run:
-    """Acoustic tokens of a prepared data set: store them for training, or try them against noise.
+def convert(parser: argparse.ArgumentParser) -> Run:
+    """Write a model for its users: as a folder without pickle, or for the official PyTorch code.
 
-    --store writes the ids of every window once, so that pre-training need not tokenize in its step
-    (--config.data.crop=grid --config.data.token_ids=OUT); interrupted, the same command goes on.
-    --agreement adds white noise and counts the tokens that stay, for this tokenizer and for a
-    random projection.
+    SRC is a stage folder (W/<iteration>/<stage>, …@STEP), an exported folder or an official .pt
+    file. DST that ends in .pt becomes an official file, any other an exported folder. What DST
+    cannot hold (a label predictor, say) is left out and listed. With --verify both are run on a
+    stored input and the largest error of each layer goes into a certificate, parity.json; a DST
+    that is there already is then only checked.
 
     example:
-      beats-jax tokenize W/iter2/tokenizer prepared --store prepared/tokens --seconds 10
+      beats-jax convert W/iter2/pretrain my_beats --verify
+      beats-jax convert my_beats my_beats.pt --verify
     """
-    parser.add_argument("ckpt", metavar="TOKENIZER", help="W/<iteration>/tokenizer, …@STEP or .pt")
-    parser.add_argument("data", metavar="DATA", help="folder made by `prepare`, or FOLDER,FOLDER")
-    parser.add_argument("--store", metavar="OUT", help="folder for the ids")
-    parser.add_argument("--agreement", metavar="PNG", help="picture to draw")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of a window (10)")
-    parser.add_argument("--filter", default="", help="clips to take, for --agreement")
-    for name in ("mean", "std"):
-        help = f"log-mel's {name} of the run that reads them (the tokenizer's own)"
-        parser.add_argument(f"--{name}", type=float, help=help)
-    parser.add_argument("--precision", default="auto", help="float32, bfloat16 or auto (auto)")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows at a time (16)")
+    parser.add_argument("src", metavar="SRC", help="stage folder, exported folder or official .pt")
+    parser.add_argument("dst", metavar="DST", help="folder, or file ….pt, to write")
+    parser.add_argument("--verify", action="store_true", help="compare SRC and DST, layer by layer")
 
     def run(args: argparse.Namespace) -> int:
-        if not (args.store or args.agreement):
-            raise ValueError("nothing to do: give --store OUT or --agreement PNG")
+        from beats_jax import exported, parity
+        from beats_jax.convert import to_official
+        from beats_jax.pretrained import lineage_lines, load_model
+        from beats_jax.torch_file import write_torch_file
+
+        source, there, lines = load_model(args.src), os.path.exists(args.dst), []
+        print(f"{args.src}: {exported.describe(source)}")
+        official = args.dst.endswith(".pt")
+        if official and there and not args.verify:
+            raise ValueError(f"{args.dst} is there already; give another name")
+        if official and not there:
+            checkpoint, lines = to_official(source)
+            write_torch_file(args.dst, checkpoint)
+        elif not (there and args.verify):
+            lines = exported.save_exported(source, args.dst, lineage_lines(source.source))
+        for line in lines:
+            print(f"left out: {line}")
+        written = load_model(args.dst)
+        print(f"{args.dst}: {exported.describe(written)}")
+        if args.verify:
+            certificate = parity.certify(source, written)
+            where = parity.write_certificate(certificate, args.dst)
+            worst = max(certificate["max_error"].values())
+            print(f"{where}: largest error {worst:g}, allowed {certificate['tolerance']:g}")
+        return 0
+
+    return run
+
+
+def embed(parser: argparse.ArgumentParser) -> Run:
+    """Features of audio files: one vector a file, or with --pool none every 0.16 s and band.
+
+    INPUT is a file, a folder, a manifest (.csv, .jsonl with a column `filename`) or a quoted glob.
+    OUT is a table, X.npz (`files`, `embeddings`), X.jsonl or X.csv, or the name of a folder: a .npz
+    a file. Recordings of any length are taken in overlapping windows. Interrupted, the same command
+    goes on; files that cannot be used are skipped and listed (exit code 3).
+
+    example:
+      beats-jax embed BEATs_iter3.pt recordings --out embeddings.npz
+    """
+    _add_inputs(parser, "a stage folder, an exported folder or an official .pt file")
+    parser.add_argument("--out", metavar="OUT", required=True, help="table or folder to write")
+    parser.add_argument("--layer", type=int, help="0 = input of the first block … N = last (last)")
+    parser.add_argument(
+        *("--pool",),
+        choices=("mean", "none"),
+        default="mean",
+        help="mean: one vector a file; none: features [T', 8, D] and times, into a folder (mean)",
+    )
+
+    def run(args: argparse.Namespace) -> int:
+        if args.pool == "none" and os.path.splitext(args.out)[1] in (".npz", ".jsonl", ".csv"):
+            raise ValueError(f"--pool none writes a file for each input; {args.out} is no folder")
+        from beats_jax import corpus
+
+        model, files = _opened(args)
+        model.check_layer(args.layer)
+        question = corpus.embedding if args.pool == "mean" else corpus.frames
+        return _answer(args, model, question(model, args.layer), files)[0]
+
+    return run
+
+
+def classify(parser: argparse.ArgumentParser) -> Run:
+    """What sounds are in audio files, by a fine-tuned model: class names with probabilities.
+
+    INPUT as for `embed`. Without --out the likeliest classes are printed; X.csv has every class,
+    X.jsonl the likeliest, both of the whole file and of its windows of 10 s; X.npz all as arrays.
+
+    example:
+      beats-jax classify BEATs_iter3_plus_AS2M_finetuned.pt street.wav --top 3
+    """
+    _add_inputs(parser, "a fine-tuned model: stage folder, exported folder or official .pt file")
+    parser.add_argument("--out", metavar="OUT", help="table to write (print)")
+    parser.add_argument("--top", type=int, default=5, help="classes to print and for .jsonl (5)")
+
+    def run(args: argparse.Namespace) -> int:
+        if args.top < 1:
+            raise ValueError(f"--top is {args.top}; want at least 1")
+        from beats_jax import corpus
+
+        model, files = _opened(args)
+        question = corpus.classes(model, args.top)
+        code, results = _answer(args, model, question, files)
+        for file, result in results.items():
+            print(file)
+            for entry in question.line(result)["top"]:
+                print(f"  {entry['prob']:.3f}  {entry['label']}")
+        return code
+
+    return run
+
+
+def tokenize(parser: argparse.ArgumentParser) -> Run:
+    """Acoustic tokens of audio files, or of a prepared data set for training.
+
+    --out writes the tokens of files as `embed` does its features: int32 [T', 8] a file, a row every
+    0.16 s, the bands from low to high. The other two take folders made by `prepare`: --store writes
+    the ids of every window once, so that pre-training need not tokenize in its step
+    (--config.data.crop=grid --config.data.token_ids=OUT); --agreement adds white noise and counts
+    the tokens that stay, for this tokenizer and for a random projection. Interrupted, the same
+    command goes on.
+
+    example:
+      beats-jax tokenize Tokenizer_iter3.pt recordings --out tokens.jsonl
+      beats-jax tokenize W/iter2/tokenizer prepared --store prepared/tokens --seconds 10
+    """
+    _add_inputs(parser, "a tokenizer: W/iter2/tokenizer, …@STEP, exported folder or official .pt")
+    job = parser.add_mutually_exclusive_group(required=True)
+    job.add_argument("--out", metavar="OUT", help="table or folder for the tokens of files")
+    job.add_argument("--store", metavar="OUT", help="folder for the ids of a prepared data set")
+    job.add_argument("--agreement", metavar="PNG", help="picture to draw, of a prepared data set")
+    prepared = parser.add_argument_group("of a prepared data set")
+    prepared.add_argument("--seconds", type=float, default=10.0, help="length of a window (10)")
+    prepared.add_argument("--filter", default="", help="clips to take, for --agreement")
+    for name in ("mean", "std"):
+        help = f"log-mel's {name} of the run that reads them (the tokenizer's own)"
+        prepared.add_argument(f"--{name}", type=float, help=help)
+
+    def run(args: argparse.Namespace) -> int:
+        if args.out:
+            from beats_jax import corpus
+
+            model, files = _opened(args)
+            return _answer(args, model, corpus.tokens(model), files)[0]
         from beats_jax import tokens
         from beats_jax.data.dataset import open_folders
 
-        clips = open_folders(args.data)
-        tokenizer = tokens.load_tokenizer(args.ckpt)
+        clips = open_folders(",".join(args.inputs))
+        tokenizer = tokens.load_tokenizer(args.model)
         options = dict(clip_seconds=args.seconds, batch_size=args.batch_size)
         if args.store:
             equal = tokens.store_tokens(
@@ -151,54 +268,134 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
                 **options,
             )
             print(f"{args.store}: {100 * equal:.2f} % of a batch's ids are those of float32")
-        if args.agreement:
-            from beats_jax import plots
+            return 0
+        from beats_jax import plots
 
-            snrs = (40, 30, 20, 10, 0)
-            agreement = tokens.token_agreement(
-                tokenizer, RANDOM_PROJECTION, clips.select(args.filter), snrs, **options
-            )
-            plots.plot_token_agreement(snrs, agreement, args.agreement)
-            print("| tokens | " + " | ".join(f"{s} dB" for s in snrs) + " | chance | perplexity |")
-            print("|---|" + "---|" * (len(snrs) + 2))
-            for name, row in agreement.items():
-                shares = " | ".join(f"{share:.3f}" for share in row["agreement"])
-                print(f"| {name} | {shares} | {row['chance']:.4f} | {row['perplexity']:.0f} |")
+        snrs = (40, 30, 20, 10, 0)
+        agreement = tokens.token_agreement(
+            tokenizer, RANDOM_PROJECTION, clips.select(args.filter), snrs, **options
+        )
+        plots.plot_token_agreement(snrs, agreement, args.agreement)
+        print("| tokens | " + " | ".join(f"{s} dB" for s in snrs) + " | chance | perplexity |")
+        print("|---|" + "---|" * (len(snrs) + 2))
+        for name, row in agreement.items():
+            shares = " | ".join(f"{share:.3f}" for share in row["agreement"])
+            print(f"| {name} | {shares} | {row['chance']:.4f} | {row['perplexity']:.0f} |")
+        return 0
+
+    return run
+
+
+def _add_inputs(parser: argparse.ArgumentParser, model: str) -> None:
+    parser.add_argument("model", metavar="MODEL", help=model)
+    parser.add_argument(
+        "inputs", metavar="INPUT", nargs="+", help="files, folders, globs, manifest"
+    )
+    for name, columns in (("window", 62), ("hop", 31)):
+        help = f"of long recordings, in columns of 0.16 s ({columns})"
+        parser.add_argument(f"--{name}", type=int, default=columns, help=help)
+    help = "windows at a time (4; more on an accelerator)"
+    parser.add_argument("--batch-size", type=int, default=4, help=help)
+    parser.add_argument("--precision", default="auto", help="float32, bfloat16 or auto (auto)")
+
+
+def _opened(args: argparse.Namespace) -> tuple[Any, list[str]]:
+    from beats_jax import corpus
+    from beats_jax.inference import load
+
+    files = corpus.find(args.inputs)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}; want at least 1")
+    return load(args.model, precision=args.precision), files
+
+
+def _answer(
+    args: argparse.Namespace, model: Any, question: Any, files: list[str]
+) -> tuple[int, dict[str, Any]]:
+    """Asks every file and says what was skipped; the exit code, and the results without --out."""
+    from beats_jax import corpus
+
+    options = {name: getattr(args, name) for name in ("window", "hop", "batch_size")}
+    settings = {"precision": args.precision}
+    outcome = corpus.ask(model, question, files, args.out, **options, settings=settings)
+    for file, why in outcome.skipped.items():
+        print(f"skipped: {why if file in why else f'{file}: {why}'}", file=sys.stderr)
+    if not outcome.done:
+        raise ValueError(f"none of the {len(files)} files could be used")
+    if args.out:
+        print(f"{args.out}: {outcome.done} of {len(files)} files")
+    return (3 if outcome.skipped else 0), {} if args.out else outcome.results
+
+
+def export(parser: argparse.ArgumentParser) -> Run:
+    """A model as one StableHLO program: waveforms of one length in, batches of any size.
+
+    Front end and weights are inside; `jax.export.deserialize` runs it where none of this package
+    is installed. OUT.json says what it takes and gives. The program is run and held against the
+    model before the command ends.
+
+    example:
+      beats-jax export BEATs_iter3.pt beats.stablehlo --seconds 10 --platforms cpu,cuda
+    """
+    parser.add_argument("model", metavar="MODEL", help="stage folder, exported folder or .pt file")
+    parser.add_argument("path", metavar="OUT", help="file to write")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of the clips (10)")
+    parser.add_argument(
+        *("--output",),
+        choices=("features", "logits", "ids"),
+        help="(logits of a fine-tuned model, ids of a tokenizer, else features)",
+    )
+    parser.add_argument("--platforms", default="cpu,cuda,tpu", help="for which (cpu,cuda,tpu)")
+
+    def run(args: argparse.Namespace) -> int:
+        from beats_jax import stablehlo
+        from beats_jax.inference import load
+
+        model = load(args.model)
+        output = args.output or {"finetuned": "logits", "tokenizer": "ids"}.get(model.kind)
+        exported = stablehlo.export(
+            model, args.seconds, output or "features", args.platforms.split(",")
+        )
+        stablehlo.save(exported, args.path, model)
+        error = stablehlo.check(args.path, model)
+        size = os.path.getsize(args.path) / 1e6
+        print(f"{args.path}: {exported.fun_name}, {size:.1f} MB, largest error {error:.2g}")
         return 0
 
     return run
 
 
 def info(parser: argparse.ArgumentParser) -> Run:
-    """What a checkpoint is, and what it was made with: its family tree.
+    """What a model is, and what it was made with: its family tree.
 
     example:
       beats-jax info runs/smoke/iter2/pretrain
     """
-    parser.add_argument("path", metavar="PATH", help="W/<iteration>/<stage>, …@STEP or a .pt file")
+    parser.add_argument("path", metavar="PATH", help="stage folder, exported folder or .pt file")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(args: argparse.Namespace) -> int:
         import json
 
-        from beats_jax.inference import lineage_lines, load_model
+        from beats_jax.exported import count_parameters, describe
+        from beats_jax.pretrained import lineage_lines, load_model
 
         model = load_model(args.path)
-        count = sum(x.size for x in _leaves(model.params)) + getattr(model.codebook, "size", 0)
         if args.json:
-            print(json.dumps({**model.source, "parameters": count}, indent=1))
-        else:
-            print(f"{model.kind}, {count:,} parameters, log-mel {model.mean:.5f} ± {model.std:.5f}")
-            print("\n".join(lineage_lines(model.source)))
+            print(json.dumps({**model.source, "parameters": count_parameters(model)}, indent=1))
+            return 0
+        net, classes, codes = model.model, len(model.labels), model.num_codes
+        print(describe(model))
+        print(
+            f"{net.num_layers} layers, width {net.embed_dim}, {net.num_heads} heads; "
+            f"log-mel mean {model.mean:.5f}, std {model.std:.5f}"
+            + (f"; {classes} classes ({model.task})" if classes else "")
+            + (f"; {codes} tokens" if codes else "")
+        )
+        print("\n".join(lineage_lines(model.source)))
         return 0
 
     return run
-
-
-def _leaves(tree: Any) -> list[Any]:
-    if not isinstance(tree, dict):
-        return [tree]
-    return [leaf for branch in tree.values() for leaf in _leaves(branch)]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -213,13 +410,19 @@ def _call(args: argparse.Namespace) -> int:
     return args.run(args)
 
 
+COMMANDS = (
+    *(prepare, stats, embed, classify, tokenize, probe),
+    *(convert, export, info),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit code."""
     if sys.stdin is None:  # closed: a pipe would get its number, and workers close theirs
         os.open(os.devnull, os.O_RDONLY)
     parser = _Parser(prog="beats-jax", description="BEATs audio pre-training in JAX.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (prepare, stats, tokenize, probe, info):
+    for command in COMMANDS:
         first, _, rest = (command.__doc__ or "").partition("\n")
         subparser = commands.add_parser(
             command.__name__,

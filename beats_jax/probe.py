@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from beats_jax.fbank import FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE
+from beats_jax.fbank import BANDS, FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE, num_tokens
+
+if TYPE_CHECKING:  # scores of arrays need no JAX
+    from beats_jax.data.sources import Clips
+    from beats_jax.inference import Model
 
 # Inverse regularisation strengths to choose from; on a tie the strongest regularisation wins.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -69,7 +73,8 @@ def probe_stage(
         ValueError: a column is missing, or the folds cannot be used.
     """
     from beats_jax.data.sources import open_clips
-    from beats_jax.inference import load_model, pooled_features, untrained
+    from beats_jax.inference import Model, load
+    from beats_jax.pretrained import untrained
 
     clips = open_clips(data).select(filter)
     for column in (label, fold):
@@ -77,12 +82,48 @@ def probe_stage(
             known = ", ".join(clips.columns) or "none"
             raise ValueError(f"{data}: no column {column!r}; the columns are: {known}")
     labels, folds = clips.columns[label], clips.columns[fold]
-    features = {"trained": pooled_features(load_model(stage_folder), clips, layer)}
+    features = {"trained": pooled_features(load(stage_folder), clips, layer)}
     if not stage_folder.endswith(".pt"):  # the official files do not say how they started
-        features["untrained"] = pooled_features(untrained(stage_folder), clips, layer)
+        features["untrained"] = pooled_features(Model(untrained(stage_folder)), clips, layer)
     rows = evaluate_features(features, labels, folds, seed)
     baseline = logmel_baseline_features(clips.fetch(np.arange(len(clips))))
     return rows + [linear_probe(baseline, labels, folds, seed, name="log-mel", strengths=(0.1,))]
+
+
+def pooled_features(
+    model: Model, clips: Clips, layer: int | None = None, batch_size: int = 16
+) -> np.ndarray:
+    """Mean of each clip's features over its valid tokens (exact mode).
+
+    Args:
+        model: of `inference.load`.
+        clips: what to read.
+        layer: 0 = input of the first block, N = last output; the last by default.
+        batch_size: clips at a time.
+
+    Returns:
+        [len(clips), D] float32; zeros for a clip under 2800 samples, which has no token.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    from beats_jax.inference import bucket, samples_of
+
+    pooled = np.zeros((len(clips), model.embed_dim), np.float32)
+    by_length = np.argsort(clips.num_samples, kind="stable")  # little padding, few programs
+    for first in range(0, len(clips), batch_size):
+        rows = by_length[first : first + batch_size]
+        num_samples = np.zeros(batch_size, np.int64)
+        num_samples[: len(rows)] = clips.num_samples[rows]
+        columns = num_tokens(num_samples) // BANDS
+        size = samples_of(bucket(int(columns.max())))
+        waveforms = np.zeros((batch_size, size), np.float32)
+        for waveform, pcm in zip(waveforms, clips.fetch(rows), strict=False):
+            waveform[: len(pcm)] = pcm[:size] / np.float32(32768)
+        features = model.by_column("features", waveforms, num_samples, layer)  # padding is zero
+        count = np.maximum(BANDS * columns, 1, dtype=np.float32)[:, None]
+        pooled[rows] = (features.sum(axis=(1, 2)) / count)[: len(rows)]
+    return pooled
 
 
 def linear_probe(

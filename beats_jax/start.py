@@ -23,7 +23,7 @@ from beats_jax import sharding
 from beats_jax.checkpoint import Checkpoints, TrainState
 from beats_jax.data.sources import Clips
 from beats_jax.data.token_store import open_store
-from beats_jax.inference import load_model
+from beats_jax.pretrained import load_model
 from beats_jax.stages import Pretrained, Stage, compute_dtype
 
 # Whose encoder an iteration's tokenizer learns from, where `config.teacher` does not say.

@@ -18,8 +18,8 @@ from beats_jax.data.pipeline import eval_batches
 from beats_jax.data.sources import Clips, windows
 from beats_jax.data.token_store import Writer
 from beats_jax.fbank import SAMPLE_RATE, num_tokens
-from beats_jax.inference import load_model
 from beats_jax.models.beats import token_padding_mask
+from beats_jax.pretrained import load_model
 from beats_jax.stages import Pretrained, batch_patches, compute_dtype, pretrain
 
 
@@ -115,7 +115,14 @@ def tokens_of(
         dict(precision=precision, data=dict(mean=mean, std=std))
     )
     tokenize, arrays, _ = pretrain.distilled(config, tokenizer)
-    return functools.partial(_batch_ids(tokenize, mean, std), arrays)
+    # As `main` does for a run: accelerators multiply in TF32 or bfloat16 otherwise.
+    matmul = "highest" if compute_dtype(precision) == jnp.float32 else None
+
+    def as_in_a_run(*args):
+        with jax.default_matmul_precision(matmul):
+            return tokenize(*args)
+
+    return functools.partial(_batch_ids(as_in_a_run, mean, std), arrays)
 
 
 def _batch_ids(tokenize: Callable, mean: float, std: float) -> Callable:

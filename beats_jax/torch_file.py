@@ -1,12 +1,15 @@
-"""Reads files of ``torch.save`` without PyTorch, and without running what is in them.
+"""Reads files of ``torch.save`` without PyTorch and without running what is in them; writes them.
 
 A pickle is a program that may call any function it can name. Here it can name only what describes
 tensors, and gets stand-ins for that; every other name is refused. Both formats are read: the zip of
-torch 1.6 and later, and the run of pickles with the raw storages behind them of older ones.
+torch 1.6 and later, and the run of pickles with the raw storages behind them of older ones. What is
+written is the zip, and nothing in it needs more than ``torch.load(path, weights_only=True)``.
 """
 
+import contextlib
 import io
 import math
+import os
 import pickle
 import pickletools
 import struct
@@ -30,6 +33,7 @@ _DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+_STORAGES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the two pickles that open the old format
 _WANT = "want a file written by torch.save"
 
@@ -269,3 +273,70 @@ def _array(tensor: _Tensor, data: bytes) -> np.ndarray:
     strides = [step * bits.itemsize for step in stride]
     view = np.lib.stride_tricks.as_strided(flat, size, strides, writeable=False)
     return np.array(view if bits is dtype else view != 0, order="C")
+
+
+def write_torch_file(path: str | Path, tree: Any) -> None:
+    """Writes what `read_torch_file` and torch.load (weights_only=True, too) read back.
+
+    The file gets its name when it is complete: a write that fails leaves nothing, or the old file.
+
+    Args:
+        path: where to; a file that is there is replaced.
+        tree: dicts, lists, tuples, plain values, and numpy arrays of the types torch stores, which
+            become contiguous tensors. Arrays that are the same memory share one storage, as aliased
+            parameters do in torch: once they are loaded, to change one is to change the other.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: the tree holds anything else.
+    """
+    path, writer = Path(path), _Writer()
+    program = b"\x80\x02" + writer.ops(tree) + b"."
+    records = {"data.pkl": program, "byteorder": b"little", "version": b"3\n"}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for name, data in records.items():
+                archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
+            for key, array in writer.storages.values():
+                archive.writestr(zipfile.ZipInfo(f"archive/data/{key}"), array.tobytes())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what went wrong before is what has to be told
+            temporary.unlink()
+        raise
+
+
+class _Writer:
+    """Turns a tree into the opcodes that push it, and notes the storages they name.
+
+    Python's own pickler imports what it names, to see that it is there; torch need not be.
+    """
+
+    def __init__(self):
+        self.storages: dict[Any, tuple[str, np.ndarray]] = {}  # memory and layout -> key, array
+
+    def ops(self, x: Any) -> bytes:
+        if x is None or type(x) in (bool, int, float, str):
+            return pickle.dumps(x, 2)[2:-1]  # without the protocol and the stop
+        if type(x) is dict:
+            return b"}(" + b"".join(self.ops(part) for item in x.items() for part in item) + b"u"
+        if type(x) is list:
+            return b"](" + b"".join(map(self.ops, x)) + b"e"
+        if type(x) is tuple:
+            return b"(" + b"".join(map(self.ops, x)) + b"t"
+        if type(x) is np.ndarray and x.dtype in _STORAGES:
+            return self._tensor_ops(x)
+        kind = f"array of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise ValueError(f"a file of torch.save cannot hold the {kind} {str(x)[:60]!r} here")
+
+    def _tensor_ops(self, x: np.ndarray) -> bytes:
+        memory = x.__array_interface__["data"][0], x.strides, x.shape, x.dtype
+        key, _ = self.storages.setdefault(memory, (str(len(self.storages)), x))
+        kind = f"ctorch\n{_STORAGES[x.dtype]}\n".encode()
+        storage = b"(" + self.ops("storage") + kind
+        storage += b"".join(map(self.ops, (key, "cpu", x.size))) + b"tQ"
+        stride = tuple(math.prod(x.shape[i + 1 :]) for i in range(x.ndim))
+        place = b"".join(map(self.ops, (0, x.shape, stride, False)))  # the last: requires_grad
+        hooks = b"ccollections\nOrderedDict\n)R"
+        return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + place + hooks + b"tR"

@@ -14,7 +14,7 @@ from beats_jax import cli
 from beats_jax.data.sources import INDEX, open_clips
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("prepare", "stats")
+COMMANDS = [command.__name__ for command in cli.COMMANDS]
 
 
 def run(*args: object, **kwargs) -> subprocess.CompletedProcess:
@@ -96,10 +96,11 @@ def test_prepare_and_stats(tmp_path, capsys):
 
 def test_processes_decode_with_stdin_closed(tmp_path):
     write_sounds(tmp_path / "sounds", 6)
-    done = run(
-        "prepare", tmp_path / "sounds", tmp_path / "two", "--jobs", 2,
-        preexec_fn=lambda: os.close(0), timeout=120,
-    )  # fmt: skip
+    words = ("prepare", tmp_path / "sounds", tmp_path / "two", "--jobs", 2)
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "beats_jax.cli", *words]
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert (
         cli.main(["prepare", *(str(tmp_path / n) for n in ("sounds", "one")), "--jobs", "1"]) == 0

@@ -14,8 +14,8 @@ import official
 import pytest
 
 from beats_jax import convert
-from beats_jax.convert import encoder_from_official, load_official
-from beats_jax.fbank import patchify
+from beats_jax.convert import encoder_from_official, load_official, official_weights
+from beats_jax.fbank import MEAN, STD, patchify
 from beats_jax.models.beats import PRESETS, BEATs, official_token_mask
 
 TABLE = "encoder.layers.2.self_attn.relative_attention_bias.weight"
@@ -288,6 +288,9 @@ NAN_ROWS = np.full((64, 16), np.nan)
             lambda x: {f"encoder.{k}": v for k, v in x["model"].items()},
             r"holds \['encoder\.post.*ESPnet has to be exported",
         ),
+        ("dev_encoder", set_cfg(fbank_std=0), "fbank_mean 15.41663 and fbank_std 0; want two"),
+        ("dev_encoder", set_cfg(fbank_mean=None), "fbank_mean None and .*; want two numbers"),
+        ("dev_encoder", set_cfg(fbank_mean=float("nan")), "fbank_mean nan and .*; want two"),
         ("dev_encoder", set_cfg(finetuned_model=True), "finetuned_model True, but .* no predictor"),
         ("dev_tokenizer", set_cfg(finetuned_model=True), "True, but the model has no predictor"),
         ("dev_finetuned", set_cfg(finetuned_model=False), "False, but the model has a predictor"),
@@ -326,6 +329,53 @@ NAN_ROWS = np.full((64, 16), np.nan)
 def test_a_file_that_is_not_what_its_cfg_says(load_changed, name, change, message):
     with pytest.raises(ValueError, match=rf"^its/path\.pt: .*{message}"):
         load_changed(name, change)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_leftovers_are_what_the_model_does_not_use(name):
+    loaded = load_official(official.FIXTURES / f"{name}.pt")
+    _, state = official.state_dict(name)
+    rest = loaded.leftovers
+    content = convert.read_torch_file(official.FIXTURES / f"{name}.pt")
+    assert list(rest.dtypes) == list(content["model"])
+    assert set(rest.dtypes.values()) == {"float32"}
+    counters = (
+        "cluster_size",
+        "embedding.cluster_size",
+        "embedding.embed_avg",
+        "embedding.initted",
+    )
+    unused = {f"quantize.{key}" for key in counters} if loaded.kind == "tokenizer" else set()
+    assert rest.arrays.keys() == unused
+    for key in unused:
+        np.testing.assert_array_equal(rest.arrays[key], state[key], strict=True)
+    assert (rest.label_dict is None) == (loaded.kind != "finetuned") and rest.others == ()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_official_weights_is_the_inverse_and_copies_nothing(name):
+    loaded = load_official(official.FIXTURES / f"{name}.pt")
+    weights = official_weights(loaded.params, loaded.codebook)
+    _, state = official.state_dict(name)
+    assert weights.keys() == state.keys() - loaded.leftovers.arrays.keys()
+    for key, value in weights.items():
+        np.testing.assert_array_equal(value, state[key], key, strict=True)
+    for leaf in jax.tree.leaves((loaded.params, loaded.codebook)):
+        assert any(np.shares_memory(leaf, view) for view in weights.values())
+
+
+@pytest.mark.parametrize(
+    "fields, want",
+    [
+        ({}, (MEAN, STD)),
+        (dict(fbank_mean=11, fbank_std=10.5), (11.0, 10.5)),
+        (dict(fbank_std=3.5), (MEAN, 3.5)),
+    ],
+)
+def test_statistics_of_the_log_mel_may_be_in_the_cfg(load_changed, fields, want):
+    loaded = load_changed("dev_encoder", set_cfg(**fields))
+    assert (loaded.mean, loaded.std) == want
+    assert loaded.cfg.items() >= fields.items()
 
 
 def test_a_file_that_asks_for_more_is_refused(tmp_path):

@@ -22,7 +22,7 @@ from test_train import build
 
 from beats_jax import sharding, train
 from beats_jax.checkpoint import Checkpoints
-from beats_jax.inference import load_model
+from beats_jax.pretrained import load_model
 from beats_jax.writers import read_metrics
 
 MESHES = [
@@ -155,14 +155,16 @@ def test_rows_of_the_global_batch():
 
 
 def test_two_processes_train_as_one(tmp_path):
-    done = run(tiny_flags(tmp_path / "one"), devices=2)
+    stages = ("iter1/pretrain", "iter2/tokenizer")
+    changes: dict = dict(stages=stages, teacher=FIXTURES / "dev_encoder.pt")
+    done = run(tiny_flags(tmp_path / "one", **changes), devices=2)
     assert done.returncode == 0, done.stderr
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [*tiny_flags(tmp_path / "two"), f"--coordinator=127.0.0.1:{port}",
+            [*tiny_flags(tmp_path / "two", **changes), f"--coordinator=127.0.0.1:{port}",
              "--num_processes=2", f"--process_id={i}"],
             env=environment(1), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, text=True,
@@ -171,8 +173,9 @@ def test_two_processes_train_as_one(tmp_path):
     ]  # fmt: skip
     errors = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    one, two = (read_metrics(tmp_path / n / "iter1" / "pretrain") for n in ("one", "two"))
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    assert one[0]["code_perplexity"] == two[0]["code_perplexity"]  # the same clips were read
-    assert one[1]["loss"] == pytest.approx(two[1]["loss"], rel=1e-5)
-    assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], rel=1e-3)
+    for stage in stages:
+        one, two = (read_metrics(tmp_path / n / stage) for n in ("one", "two"))
+        assert [line["step"] for line in one] == [line["step"] for line in two]
+        assert one[0]["code_perplexity"] == two[0]["code_perplexity"]  # the same clips were read
+        assert one[1]["loss"] == pytest.approx(two[1]["loss"], rel=1e-5)
+        assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], rel=1e-3)

@@ -1,7 +1,7 @@
 """Files of torch.save without torch: all of what they say, and nothing of what they would do.
 
-The files here are put together from pickle's own opcodes, so that they can say anything; one test
-compares with what torch writes.
+The files here are put together from pickle's own opcodes, so that they can say anything; two tests
+compare with what torch writes, and with what it reads of ours.
 """
 
 import copyreg
@@ -17,7 +17,9 @@ import numpy as np
 import official
 import pytest
 
-from beats_jax.torch_file import read_torch_file
+from beats_jax.convert import to_official
+from beats_jax.pretrained import load_model
+from beats_jax.torch_file import read_torch_file, write_torch_file
 
 MAGIC = 0x1950A86A20F9469CFC6C
 SYSTEM = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
@@ -440,3 +442,116 @@ def test_what_torch_writes(tmp_path, zipped):
             assert got == want and type(got) is type(want)
 
     compare(got, saved)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def tree_to_write() -> dict[str, Any]:
+    """All that a file can hold; "x" and "again" are one array, "view" is another of its layouts."""
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    dtypes = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u1", "?", ml_dtypes.bfloat16)
+    return {
+        "cfg": {
+            "a": 1,
+            "b": [True, None, -0.5, "ä\n", (2**70, -1, ())],
+            7: {},
+            "inf": float("inf"),
+        },
+        "model": {"x": x, "again": x, "view": x.T, "other": x.copy(), "slice": x[:, 1:]},
+        "types": [x.astype(dtype) for dtype in dtypes],
+        "scalar": np.array(2.5, np.float32),
+        "empty": np.zeros((0, 3), np.float16),
+    }
+
+
+def storages(path):
+    with zipfile.ZipFile(path) as archive:
+        return [name for name in archive.namelist() if name.startswith("archive/data/")]
+
+
+def test_what_is_written_is_read(tmp_path):
+    want, path = tree_to_write(), tmp_path / "x.pt"
+    write_torch_file(path, want)
+    got = read_torch_file(path)
+    assert repr(got["cfg"]) == repr(want["cfg"])
+    for key, value in want["model"].items():
+        np.testing.assert_array_equal(got["model"][key], value, key, strict=True)
+    for one, other in zip(got["types"], want["types"], strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+    np.testing.assert_array_equal(got["scalar"], want["scalar"], strict=True)
+    np.testing.assert_array_equal(got["empty"], want["empty"], strict=True)
+    # x and again are one; view, other, slice, ten types, scalar and empty have their own
+    assert len(storages(path)) == 16
+    write_torch_file(tmp_path / "y.pt", want)
+    assert (tmp_path / "y.pt").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ({1, 2}, "cannot hold the set"),
+        (b"abc", "cannot hold the bytes"),
+        (np.float32(1), "cannot hold the float32"),
+        (np.zeros(2, complex), "cannot hold the array of complex128"),
+        (np.zeros(2, ">f4"), "cannot hold the array of >f4"),
+        (np.array(["a"]), "cannot hold the array of <U1"),
+    ],
+)
+def test_what_cannot_be_written(tmp_path, value, message):
+    path = tmp_path / "x.pt"
+    write_torch_file(path, [1])
+    with pytest.raises(ValueError, match=message):
+        write_torch_file(path, {"model": [value]})
+    assert read_torch_file(path) == [1]
+    assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    write_torch_file(path, [1])
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_torch_file(path, [2])
+    monkeypatch.undo()
+    assert read_torch_file(path) == [1]
+    assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
+
+
+@pytest.mark.torch
+def test_torch_reads_what_is_written(tmp_path):
+    torch: Any = pytest.importorskip("torch")
+    want, path = tree_to_write(), tmp_path / "x.pt"
+    write_torch_file(path, want)
+    got = torch.load(path, weights_only=True)
+    assert repr(got["cfg"]) == repr(want["cfg"])
+    for key, value in want["model"].items():
+        tensor = got["model"][key]
+        np.testing.assert_array_equal(tensor.numpy(), value, key, strict=True)
+        assert tensor.is_contiguous() and not tensor.requires_grad
+    for tensor, value in zip(got["types"], want["types"], strict=True):
+        assert str(tensor.dtype) == f"torch.{value.dtype.name}"
+        np.testing.assert_array_equal(tensor.double().numpy(), value.astype(np.float64))
+    assert got["scalar"].shape == () and got["empty"].shape == (0, 3)
+    got["model"]["x"][0, 0] = 9  # one storage for what was one array, and for nothing else
+    assert [got["model"][key][0, 0].item() for key in want["model"]] == [9, 9, 0, 0, 1]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["dev_finetuned", "dev_tokenizer"])
+def test_torch_finds_an_official_file_unchanged(tmp_path, name):
+    torch: Any = pytest.importorskip("torch")
+    original, path = official.FIXTURES / f"{name}.pt", tmp_path / "x.pt"
+    write_torch_file(path, to_official(load_model(original))[0])
+    got, want = (torch.load(file, weights_only=True) for file in (path, original))
+    assert repr({**got, "model": 0}) == repr({**want, "model": 0})
+    assert list(got["model"]) == list(want["model"])
+    for key, tensor in want["model"].items():
+        assert got["model"][key].dtype == tensor.dtype and torch.equal(got["model"][key], tensor)
+        assert got["model"][key].stride() == tensor.stride()
+    tables = [x for key, x in got["model"].items() if "relative_attention_bias" in key]
+    assert len(tables) == 3 and len({table.data_ptr() for table in tables}) == 1

@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from beats_jax.data.audio import read_audio
 from beats_jax.data.pipeline import import_tensorflow, ordered
 from beats_jax.data.sources import INDEX, Clips, Listing, list_source
 from beats_jax.data.synthetic import synthetic_clips
@@ -162,54 +162,6 @@ def _clear(out: Path) -> None:
 
 
 # --- decoding -------------------------------------------------------------------------------------
-
-
-def read_audio(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
-    """Reads a file in any container, at any rate, of any number of channels.
-
-    Returns:
-        float32 [n] in [-1, 1], the mean of the channels at 16 kHz; and that rate.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is empty or cannot be decoded.
-    """
-    import soundfile
-
-    if os.stat(path).st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        wav = _through_ffmpeg(path, error.error_string)
-        samples, rate = soundfile.read(io.BytesIO(wav), dtype="float32", always_2d=True)
-    waveform = samples.mean(axis=1)
-    if not np.isfinite(waveform).all():
-        raise ValueError(f"{path}: has samples that are not finite")
-    if rate != SAMPLE_RATE and len(waveform):
-        import librosa
-
-        waveform = librosa.resample(
-            waveform, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq"
-        )
-    return waveform, SAMPLE_RATE
-
-
-def _through_ffmpeg(path: str | os.PathLike[str], why: str) -> bytes:
-    """The file as a WAV that keeps its rate and channels; `why` says what soundfile objected to."""
-    command = ["ffmpeg", "-v", "error", "-nostdin", "-i", os.fspath(path), "-map", "0:a:0"]
-    try:
-        done = subprocess.run(
-            [*command, "-c:a", "pcm_f32le", "-f", "wav", "-"], capture_output=True
-        )
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path}: soundfile cannot decode it ({why}), and ffmpeg, which might, is not installed"
-        ) from None
-    if done.returncode or not done.stdout:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
-        raise ValueError(f"{path}: cannot be decoded; soundfile: {why}; ffmpeg: {said[-1]}")
-    return done.stdout
 
 
 def _decode(path: Path) -> Decoded:

@@ -139,7 +139,7 @@ def token_padding_mask(num_samples: jax.Array | np.ndarray, length: int) -> jax.
     return jnp.arange(length)[None] >= num_tokens(jnp.asarray(num_samples))[:, None]
 
 
-def official_token_mask(sample_mask: jax.Array | np.ndarray, num_frames: int) -> jax.Array:
+def official_token_mask(sample_mask: np.ndarray, num_frames: int) -> np.ndarray:
     """Official mode: the rule of the official code, samples to frames to tokens.
 
     Tokens are taken as linear in time, so a boundary column is split among frequency bands, and a
@@ -160,11 +160,17 @@ def official_token_mask(sample_mask: jax.Array | np.ndarray, num_frames: int) ->
             f"padding_mask has {sample_mask.shape[1]} samples for {num_frames} frames; "
             "give it one entry a sample"
         )
-    frame_mask = _all_of_groups(jnp.asarray(sample_mask), num_frames)
+    return official_frame_mask(_all_of_groups(sample_mask, num_frames), num_frames)
+
+
+def official_frame_mask(frame_mask: np.ndarray, num_frames: int) -> np.ndarray:
+    """The second half of `official_token_mask`: frames [B, F] to tokens."""
     return _all_of_groups(frame_mask, BANDS * (num_frames // PATCH_SIZE))
 
 
-def _all_of_groups(mask: jax.Array, target: int) -> jax.Array:
+def _all_of_groups(mask: np.ndarray, target: int) -> np.ndarray:
     """[B, N] -> [B, target]: the remainder dropped, then True where the whole group is True."""
+    if target == 0:
+        return mask[:, :0]
     group = mask.shape[1] // target
     return mask[:, : group * target].reshape(mask.shape[0], target, group).all(-1)

@@ -53,6 +53,7 @@ setup(
             "pyright[nodejs]==1.1.414",
             "pytest>=9,<10",
             "pytest-timeout>=2.4,<3",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.17,<0.18",
             "setuptools>=77",
             "wheel",

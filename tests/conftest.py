@@ -22,8 +22,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
+# Files of minutes go first: the last one to start is what the other processes wait for.
+LONG = ("test_resume.py", "test_iteration.py", "test_sharding.py", "test_train.py", "test_main.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what this machine cannot run, and says why."""
+    """Skips what this machine cannot run, and says why; puts the long files first."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     reasons = {}
     if importlib.util.find_spec("torch") is None:
         reasons["torch"] = "PyTorch is not installed: pip install -e '.[torch]'"

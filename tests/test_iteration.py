@@ -303,7 +303,7 @@ def test_lineage_names_everything_down_to_the_random_projection(workdir, capsys)
     assert {"kind", "parameters", "step", "lineage"} <= info.keys()
     assert cli.main(["info", str(workdir / "iter2" / "pretrain")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.count("   ") for line in lines[1:]] == [0, 1, 2, 3]
+    assert [line.count("   ") for line in lines[2:]] == [0, 1, 2, 3]
     assert "random projection" in lines[-1] and "seed 0" in lines[-1]
     assert cli.main(["info", str(TOKENIZER)]) == 0
     assert "tokenizer" in capsys.readouterr().out

@@ -12,4 +12,4 @@ if ! ensure_venv torch; then
   echo "PyTorch cannot be installed here: the tests marked torch are skipped." >&2
 fi
 cd "$ROOT"
-exec "$PYTHON" -m pytest -n auto --dist loadfile -m "not slow" "$@"
+exec "$PYTHON" -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow" "$@"

@@ -203,9 +203,8 @@ def test_tests_run_without_torch_where_it_cannot_be_installed(clone):
     assert done.returncode == 0 and "tests marked torch are skipped" in done.stderr
     calls = clone.take_calls()
     assert [call.rpartition("[")[2] for call in calls[:2]] == ["test]", "torch]"]
-    assert calls[2:] == [
-        "-m pytest -n auto --dist loadfile -m not slow tests/test_fbank.py -k parity"
-    ]
+    parallel = "-n auto --dist loadfile --no-loadscope-reorder"
+    assert calls[2:] == [f"-m pytest {parallel} -m not slow tests/test_fbank.py -k parity"]
 
 
 def test_without_a_python_that_will_do_the_error_says_what_to_install(clone, tmp_path):

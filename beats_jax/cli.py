@@ -24,9 +24,10 @@ RANDOM_PROJECTION = dict(
 def prepare(parser: argparse.ArgumentParser) -> Run:
     """Decode a folder of audio once, to 16 kHz shards that training reads.
 
-    SOURCE is a folder (its sub-folders are the classes), a folder with metadata.csv, ESC-50 as it
-    comes, a manifest (.csv or .jsonl with a column `filename`), or the word `synthetic`. Broken and
-    too short files are skipped and listed in OUT/report.json. A second call reuses the first's OUT.
+    SOURCE is a folder (its sub-folders are the classes), a folder with metadata.csv; ESC-50,
+    AudioSet (its segment lists and clips named by YTID), Speech Commands or IEMOCAP as they come; a
+    manifest (.csv or .jsonl with a column `filename`), or the word `synthetic`. Broken and too
+    short files are skipped and listed in OUT/report.json. A second call reuses the first's OUT.
 
     example:
       beats-jax prepare ~/ESC-50-master esc10 --filter esc10=True
@@ -42,6 +43,8 @@ def prepare(parser: argparse.ArgumentParser) -> Run:
         from beats_jax.data.prepare import prepare
 
         report = prepare(args.source, args.out, jobs=args.jobs, filter=args.filter)
+        for note in report.notes:
+            print(note)
         print(
             f"{args.out}: {report.clips} of {report.listed} clips, {report.hours:.2f} h;"
             f" {len(report.padded)} padded to one token column; skipped: {len(report.too_short)}"

@@ -22,6 +22,7 @@ import numpy as np
 
 from beats_jax.data.layouts import AUDIO_SUFFIXES, Listing, audio_files, published
 from beats_jax.fbank import MIN_SAMPLES
+from beats_jax.labels import Labels
 
 INDEX = "index.json"  # written last and in one piece: a folder without it is not finished
 
@@ -38,6 +39,7 @@ class Clips:
         read: record number -> int16 [n_i].
         records: int64 [n], the record number of each clip.
         token_ids: uint16 [records, L], stored tokens by record number (see `token_store`), if any.
+        labels: which classes each clip belongs to, where it is to be classified.
     """
 
     ids: list[str]
@@ -47,6 +49,7 @@ class Clips:
     read: Callable[[int], np.ndarray]
     records: np.ndarray
     token_ids: np.ndarray | None = None
+    labels: Labels | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,6 +78,7 @@ class Clips:
             read=self.read,
             records=self.records[rows],
             token_ids=self.token_ids,
+            labels=self.labels and self.labels._replace(ids=self.labels.ids[rows]),
         )
 
 

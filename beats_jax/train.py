@@ -286,12 +286,12 @@ def evaluate(
 
 def draw_augmentations(data: Data, config: Any, section: Any, folder: Path) -> None:
     """The first training examples, as they were and as the model sees them."""
-    local = [
+    local: list[dict[str, Any]] = [
         {name: np.asarray(x.addressable_data(0))[:3] for name, x in next(batches).items()}
         for batches in (data.unaugmented(), data.training(0))
     ]
     mean, std = config.data.mean, config.data.std
-    before, after = (np.asarray(batch_patches(batch, mean, std)) for batch in local)
+    before, after = (jnp.asarray(batch_patches(batch, mean, std)) for batch in local)
     rng = jax.random.fold_in(jax.random.key(config.seed), 0)
     masks = finetune.SpecAugment(**section.spec_augment)
     after = finetune.masked(after, local[1]["num_samples"], local[1]["counter"], rng, masks)
@@ -302,7 +302,7 @@ def draw_augmentations(data: Data, config: Any, section: Any, folder: Path) -> N
         for row in local[1]["labels"]
     ]
     path = folder / "plots" / "augmentations.png"
-    plots.plot_augmentations(unpatchify(before), unpatchify(np.asarray(after)), titles, path)
+    plots.plot_augmentations(unpatchify(before), unpatchify(after), titles, path)
 
 
 def draw_example(clip: dict[str, np.ndarray], path: Path) -> None:

@@ -10,6 +10,7 @@ or `val_mAP` follows; augmentation makes the training figures the worse ones of 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -45,6 +46,17 @@ class SpecAugment(NamedTuple):
 
 
 NO_MASKS = SpecAugment()
+# What the fields of the config's section may be: least and greatest value.
+RANGES = {
+    "layer_decay": (1e-6, 1.0),
+    "ema_decay": (0.0, 1 - 1e-9),
+    "head_dropout": (0.0, 1 - 1e-9),
+    "label_smoothing": (0.0, 1.0),
+    "mixup": (0.0, 1.0),
+    "mixup_alpha": (1e-3, 1e3),
+    "spec_augment.time_share": (0.0, 1.0),
+    "spec_augment.frequency_share": (0.0, 1.0),
+}
 
 
 def masked(
@@ -217,9 +229,13 @@ def from_config(config: Any, labels: Labels) -> tuple[Stage, dict[str, Any]]:
       labels: of the training clips.
 
     Raises:
-      ValueError: an unknown preset.
+      ValueError: an unknown preset; a number that makes no sense.
     """
     section = config.finetune
+    for field, (low, high) in RANGES.items():
+        value = functools.reduce(getattr, field.split("."), section)
+        if not low <= value <= high:
+            raise ValueError(f"finetune.{field} is {value}; want {low:g} to {high:g}")
     model, num_classes = BEATs(**model_arguments(config)), len(labels.names)
     tokens = int(num_tokens(round(config.data.clip_seconds * SAMPLE_RATE)))
     stage = make(

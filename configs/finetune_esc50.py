@@ -11,7 +11,7 @@ figure. `--config.init_from=scratch` is the comparison without pre-training.
 Reproduces: BEATs (paper), 94.0 % from iteration 1, 95.1 % from 2, 95.6 % from 3, 98.1 % from iter3+
 with AudioSet-2M's labels. Not verified here: that takes official weights or AudioSet. ESPnet's
 re-implementation got 93.8 % with the paper's settings, others less (unilm #1112).
-Cost (estimate): 80k steps × 60 clips × 203 GFLOP = 9.7e17 FLOP, 50 minutes of one H200 a fold at
+Cost (estimate): 80k steps × 60 clips × 135 GFLOP = 6.5e17 FLOP, 35 minutes of one H200 a fold at
 40 % of its measured bf16 rate; OpenBEATs stops at 6k steps of 128 clips.
 From ESPnet with a note that ties them to the paper: steps, batch, warm-up, rate, statistics. From
 ESPnet alone: cosine, layer decay 0.2, layerdrop, head dropout, label smoothing, 5 time masks, roll

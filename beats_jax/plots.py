@@ -325,14 +325,14 @@ def plot_confusion(
         figure, (axis,) = _figure(1, 1, (inches + 0.8, inches))
         axis.grid(False)
         image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        small = {"fontsize": 8 if size <= 20 else 6}
+        small: dict[str, Any] = {"fontsize": 8 if size <= 20 else 6}
         axis.set_xticks(range(size), names, rotation=90, **small)
         axis.set_yticks(range(size), names, **small)
         if size <= 20:  # else there is no room for numbers
             for row, column in np.argwhere(matrix):
                 colour = "white" if share[row, column] > 0.5 else "black"
-                text = dict(ha="center", va="center", color=colour, **small)
-                axis.text(column, row, str(matrix[row, column]), **text)
+                middle: dict[str, Any] = dict(ha="center", va="center", **small)
+                axis.text(column, row, str(matrix[row, column]), color=colour, **middle)
         right, total = int(np.trace(matrix)), int(matrix.sum())
         axis.set(xlabel="predicted class", ylabel="class")
         axis.set_title(f"{title or 'Confusion'}: {right} of {total} right", loc="left")
@@ -404,10 +404,8 @@ def plot_layers(
         ):
             values, spread = 100 * np.asarray(values), 100 * np.asarray(stds[name])
             layers = np.arange(len(values))
-            axis.errorbar(
-                *(layers, values, spread),
-                **dict(color=colour, marker=marker, label=name, capsize=2, elinewidth=0.8),
-            )
+            line: dict[str, Any] = dict(color=colour, marker=marker, label=name)
+            axis.errorbar(layers, values, spread, capsize=2, elinewidth=0.8, **line)
             label = f"{name}, log-mel"
             level = 100 * baseline[name]
             axis.axhline(level, color=colour, linestyle="--", linewidth=0.8, label=label)

@@ -21,7 +21,7 @@ def _multi_label(seed: int, n: int = 200, classes: int = 12):
 @pytest.mark.parametrize("seed", range(3))
 def test_equal_to_scikit_learn(seed):
     x, y = _multi_label(seed)
-    theirs = sklearn_metrics.average_precision_score(y, x, average=None)
+    theirs = [sklearn_metrics.average_precision_score(y[:, c], x[:, c]) for c in range(12)]
     np.testing.assert_allclose(scores.average_precisions(x, y), theirs, rtol=1e-12)
     assert mean_average_precision(x, y) == pytest.approx(
         sklearn_metrics.average_precision_score(y, x, average="macro"), rel=1e-12
@@ -31,11 +31,8 @@ def test_equal_to_scikit_learn(seed):
     single = scores.single_label_metrics(x, truth)
     predicted = x.argmax(axis=1)
     assert single["accuracy"] == sklearn_metrics.accuracy_score(truth, predicted)
-    assert single["balanced_accuracy"] == pytest.approx(
-        np.mean(
-            sklearn_metrics.recall_score(truth, predicted, labels=np.unique(truth), average=None)
-        )
-    )
+    each = [sklearn_metrics.recall_score(truth == c, predicted == c) for c in np.unique(truth)]
+    assert single["balanced_accuracy"] == pytest.approx(np.mean(each))
 
 
 def test_by_hand():

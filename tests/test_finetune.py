@@ -375,7 +375,7 @@ def test_rates_scale_adams_steps_and_the_average_is_the_formula():
 @pytest.fixture(scope="module")
 def built():
     """One compiled step, and the state before it."""
-    config = config_of(finetune__steps=30, finetune__roll=False, finetune__mixup=0.0)
+    config = config_of(finetune__steps=60, finetune__lr=5e-3, finetune__mixup=0.0)
     stage, data, state, step = build(config)
     return stage, data, jax.device_get(state), step
 
@@ -383,12 +383,12 @@ def built():
 def test_loss_falls_on_one_repeated_batch(built):
     _, data, state, step = built
     batch, figures = next(data.training(0)), []
-    for _ in range(30):
+    for _ in range(60):
         state, sums = step(state, {}, batch)
         figures.append(train.floats(sums))
     assert figures[0]["loss"] == pytest.approx(np.log(14), rel=0.2)  # it starts by guessing
-    assert figures[-1]["loss"] < figures[0]["loss"] - 0.7  # label smoothing 0.1 leaves 0.6
-    assert figures[-1]["accuracy"] > 0.85
+    assert figures[-1]["loss"] < figures[0]["loss"] - 1.0  # label smoothing 0.1 leaves 0.6
+    assert figures[-1]["accuracy"] > 0.8
     assert step._cache_size() == 1
 
 

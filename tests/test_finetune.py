@@ -389,7 +389,6 @@ def test_loss_falls_on_one_repeated_batch(built):
     assert figures[0]["loss"] == pytest.approx(np.log(14), rel=0.2)  # it starts by guessing
     assert figures[-1]["loss"] < figures[0]["loss"] - 1.0  # label smoothing 0.1 leaves 0.6
     assert figures[-1]["accuracy"] > 0.8
-    assert step._cache_size() == 1
 
 
 def test_padding_changes_nothing(built):
@@ -583,7 +582,8 @@ def test_a_killed_run_ends_bit_equal(workdir, tmp_path):
         mine, wanted = (load_params(f"{where}@6", item)[0] for where in (folder, theirs))
         assert_trees_equal(mine, wanted)
     assert without_timing(folder) == without_timing(theirs)
-    assert (folder / "results.json").read_bytes() == (theirs / "results.json").read_bytes()
+    mine, wanted = (json.loads((where / "results.json").read_text()) for where in (folder, theirs))
+    assert mine | {"git_commit": ""} == wanted | {"git_commit": ""}
 
 
 def test_another_test_fold_under_a_run_is_refused(workdir):

@@ -92,7 +92,7 @@ def weight_average(decay: float) -> optax.GradientTransformation:
     def init(params):
         return Average(jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.float32))
 
-    def update(updates: Any, state: Average, params: Any = None):
+    def update(updates: Any, state: Any, params: Any = None):
         def move(old, new):
             return decay * old + (1 - decay) * new
 

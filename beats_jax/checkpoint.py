@@ -33,6 +33,11 @@ class TrainState(NamedTuple):
     model_state: Any  # what gradients do not touch: code counts, an EMA codebook
 
 
+def _filled(state: TrainState) -> list[str]:
+    """The items that hold an array: Orbax stores no empty tree (fine-tuning's `model_state`)."""
+    return [name for name in ITEMS if jax.tree.leaves(getattr(state, name))]
+
+
 class Checkpoints:
     """The checkpoints of one stage, `<stage>/checkpoints/<step>/`.
 
@@ -72,6 +77,21 @@ class Checkpoints:
         """The newest finished checkpoint's step, None where there is none."""
         return self._manager.latest_step()
 
+    def best(self, step: int, figures: Mapping[str, float]) -> int:
+        """The best step by `keep_best`, the newest of equally good ones.
+
+        Among the checkpoints and `step`, which is not saved yet and has `figures`: the one that is
+        returned where there is nothing to go by. Waits for the save in flight.
+        """
+        name = self._keep_best
+        if name not in figures:
+            return step
+        self.wait()
+        measured = [(self._manager.metrics(saved), saved) for saved in self._manager.all_steps()]
+        sign = -1 if name.endswith("loss") else 1
+        rated = [(sign * found[name], saved) for found, saved in measured if found]
+        return max([*rated, (sign * figures[name], step)])[1]
+
     def save(
         self, state: TrainState, meta: dict[str, Any], figures: Mapping[str, float] | None = None
     ) -> None:
@@ -85,7 +105,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in ITEMS}
+        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in _filled(state)}
         args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
         name = self._keep_best
         value = (figures or {}).get(name, math.nan)
@@ -104,7 +124,7 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint's arrays have other names or shapes than the config's model.
         """
-        items = {name: ocp.args.StandardRestore(getattr(like, name)) for name in ITEMS}
+        items = {name: ocp.args.StandardRestore(getattr(like, name)) for name in _filled(like)}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError) as error:
@@ -114,7 +134,7 @@ class Checkpoints:
             ) from error
         where = like.step.sharding
         step_array = jax.device_put(np.int32(step), where)
-        return TrainState(step_array, *(restored[name] for name in ITEMS))
+        return TrainState(step_array, *(restored.get(name, {}) for name in ITEMS))
 
     def reached_preemption(self, step: int) -> bool:
         """True on every process at the same step once one of them got SIGTERM."""

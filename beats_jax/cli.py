@@ -24,9 +24,10 @@ RANDOM_PROJECTION = dict(
 def prepare(parser: argparse.ArgumentParser) -> Run:
     """Decode a folder of audio once, to 16 kHz shards that training reads.
 
-    SOURCE is a folder (its sub-folders are the classes), a folder with metadata.csv, ESC-50 as it
-    comes, a manifest (.csv or .jsonl with a column `filename`), or the word `synthetic`. Broken and
-    too short files are skipped and listed in OUT/report.json. A second call reuses the first's OUT.
+    SOURCE is a folder (its sub-folders are the classes), a folder with metadata.csv; ESC-50,
+    AudioSet (its segment lists and clips named by YTID), Speech Commands or IEMOCAP as they come; a
+    manifest (.csv or .jsonl with a column `filename`), or the word `synthetic`. Broken and too
+    short files are skipped and listed in OUT/report.json. A second call reuses the first's OUT.
 
     example:
       beats-jax prepare ~/ESC-50-master esc10 --filter esc10=True
@@ -42,6 +43,8 @@ def prepare(parser: argparse.ArgumentParser) -> Run:
         from beats_jax.data.prepare import prepare
 
         report = prepare(args.source, args.out, jobs=args.jobs, filter=args.filter)
+        for note in report.notes:
+            print(note)
         print(
             f"{args.out}: {report.clips} of {report.listed} clips, {report.hours:.2f} h;"
             f" {len(report.padded)} padded to one token column; skipped: {len(report.too_short)}"
@@ -76,33 +79,100 @@ def stats(parser: argparse.ArgumentParser) -> Run:
 
 
 def probe(parser: argparse.ArgumentParser) -> Run:
-    """Linear probe of a trained encoder, beside the same encoder untrained and a log-mel baseline.
+    """Probe a trained encoder, beside the same encoder untrained and a log-mel baseline.
 
-    Logistic regression on each clip's mean feature, trained on all folds but one and scored on that
-    one; C is chosen on the training folds alone.
+    Fitted to each clip's mean feature on all folds but one, and scored on that one: logistic
+    regression (linear), cosine neighbours (knn) or the nearest class mean (mean); a learned query
+    over the clip's tokens (attention). C and k are chosen on the training folds alone. With
+    --sweep-layers: every layer of the trained encoder, in one pass over the audio.
 
     example:
       beats-jax probe runs/esc50/iter1/pretrain esc50_prepared --filter esc10=True
+      beats-jax probe BEATs_iter3.pt esc50_prepared --probe linear,knn --sweep-layers layers.png
     """
-    parser.add_argument("ckpt", metavar="STAGE", help="W/<iteration>/<stage>, or …@STEP")
+    parser.add_argument("ckpt", metavar="STAGE", help="W/<iteration>/<stage>, …@STEP, or a model")
     parser.add_argument("data", metavar="DATA", help="a folder made by `prepare`")
     parser.add_argument("--filter", default="", help="clips to take, as for `prepare`")
     parser.add_argument("--label", default="category", help="column of the class (category)")
     parser.add_argument("--fold", default="fold", help="column of the fold (fold)")
-    parser.add_argument("--layer", type=int, help="0 = input of the first block … N = last (last)")
+    parser.add_argument(
+        "--probe", default="linear", help="linear, knn, mean, attention; several with commas"
+    )
+    layer = parser.add_mutually_exclusive_group()
+    layer.add_argument("--layer", type=int, help="0 = input of the first block … N = last (last)")
+    layer.add_argument(
+        "--sweep-layers", metavar="PNG", help="all layers: a table, and this picture"
+    )
+    parser.add_argument("--cache", metavar="FOLDER", help="keep mean features for the next call")
 
     def run(args: argparse.Namespace) -> int:
-        from beats_jax.probe import probe_stage, probe_table
+        from beats_jax import probe
 
-        rows = probe_stage(
-            args.ckpt,
-            args.data,
-            filter=args.filter,
-            label=args.label,
-            fold=args.fold,
-            layer=args.layer,
+        kinds = [kind.strip() for kind in args.probe.split(",")]
+        options: dict[str, Any] = dict(
+            kinds=kinds, filter=args.filter, label=args.label, fold=args.fold, cache=args.cache
         )
-        print(probe_table(rows))
+        if args.sweep_layers:
+            from beats_jax.plots import plot_layers
+
+            rows, baseline = probe.sweep_layers(args.ckpt, args.data, **options)
+            means = {kind: [row.mean for row in layers] for kind, layers in rows.items()}
+            stds = {kind: [row.std for row in layers] for kind, layers in rows.items()}
+            level = {kind: row.mean for kind, row in baseline.items()}
+            plot_layers(means, stds, level, args.sweep_layers)
+            print(probe.sweep_table(rows, baseline))
+            return 0
+        for kind, rows in probe.probe_stage(
+            args.ckpt, args.data, layer=args.layer, **options
+        ).items():
+            if len(kinds) > 1:
+                print(f"\n{kind}:\n")
+            print(probe.probe_table(rows, kind))
+        return 0
+
+    return run
+
+
+def evaluate(parser: argparse.ArgumentParser) -> Run:
+    """Score a labelled data set with fine-tuned models, and with their ensemble.
+
+    Writes OUT/results.json, OUT/RESULTS.md (what was scored, by what, and how well: the mean of the
+    models, the best one, and the ensemble by the mean of their probabilities) and pictures. Scores
+    are kept in OUT/scores and used again for the same model and data. DATA is a folder made by
+    `prepare`, or what `prepare` takes, which is then prepared into OUT. --compare sets two results
+    side by side, and refuses those over unlike sets.
+
+    example:
+      beats-jax evaluate --ckpt W1/finetune W2/finetune W3/finetune esc10 --filter fold=5 --out E
+      beats-jax evaluate --compare E other/results.json
+    """
+    job = parser.add_mutually_exclusive_group(required=True)
+    job.add_argument("--ckpt", metavar="MODEL", nargs="+", help="fine-tuned models, then DATA")
+    job.add_argument("--compare", metavar="OUT", nargs=2, help="folders of two evaluations")
+    parser.add_argument("data", metavar="DATA", nargs="?", help="data set (or --ckpt's last word)")
+    parser.add_argument("--out", metavar="OUT", default="evaluation", help="folder (evaluation)")
+    parser.add_argument("--filter", default="", help="clips to take, as for `prepare`")
+    parser.add_argument("--label", default="", help="column of the class (category or labels)")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows at a time (8)")
+    parser.add_argument("--precision", default="auto", help="float32, bfloat16 or auto (auto)")
+
+    def run(args: argparse.Namespace) -> int:
+        from beats_jax import results
+
+        if args.compare:
+            print(results.compare(*args.compare))
+            return 0
+        from beats_jax.evaluate import evaluate
+
+        *models, data = [*args.ckpt, *filter(None, [args.data])]
+        if not models:
+            raise ValueError(f"--ckpt {data}: and the data? give --ckpt MODEL [MODEL …] DATA")
+        options = {name: getattr(args, name) for name in ("filter", "label", "batch_size")}
+        found = evaluate(models, data, args.out, precision=args.precision, **options)
+        for note in found["data"]["notes"]:
+            print(f"note: {note}", file=sys.stderr)
+        print(results.results_table(found))
+        print(f"\n{args.out}: {results.RESULTS}, {results.REPORT}, scores and plots")
         return 0
 
     return run
@@ -411,7 +481,7 @@ def _call(args: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    *(prepare, stats, embed, classify, tokenize, probe),
+    *(prepare, stats, embed, classify, tokenize, probe, evaluate),
     *(convert, export, info),
 )
 

@@ -7,6 +7,8 @@ under `jax.jit` over sharded arrays too, where a sum over the batch is a sum ove
 
 A metric over nothing (weight 0: a batch that is all padding) is nan, "not measured", which neither
 raises nor looks like a value; `writers` stores it as null.
+
+What cannot be added, such as mAP, is in `scores`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from beats_jax.scores import mean_average_precision as mean_average_precision  # looked for here
 
 Array = Any  # numpy inside tests and on the host, jax under jit
 

@@ -74,8 +74,12 @@ def _stage(path: str) -> Pretrained:
         arrays = {**params, "codebook": codebook}
     source = dict(kind=kind, params_sha256=tree_sha256(arrays), lineage=meta["lineage"])
     source = {"path": folder, "step": step, **source}
-    model = BEATs(**model_arguments(config))
-    return Pretrained(kind, model, params, codebook, config.data.mean, config.data.std, source)
+    return Pretrained(
+        *(kind, BEATs(**model_arguments(config)), params, codebook),
+        *(config.data.mean, config.data.std, source),
+        labels=tuple(meta.get("labels", ())),
+        task=meta.get("task", ""),
+    )
 
 
 def untrained(stage_folder: str) -> Pretrained:

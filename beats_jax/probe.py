@@ -1,20 +1,23 @@
-"""A linear probe of frozen features, and the log-mel baseline they must beat.
+"""Probes of frozen features, and the log-mel baseline that these must beat.
 
-How good are features? Fit a logistic regression to them on all folds but one and score it on that
-one, for every fold. The regularisation decides much for wide features and few clips, so it is
-chosen anew for every test fold, by cross-validation among the training folds, which keeps folds
-whole (clips of one recording or speaker share a fold): the final score alone sees the test fold.
+How good are features? Fit something simple to them on all folds but one and score it on that one,
+for every fold: logistic regression, nearest neighbours, nearest class mean, or a learned query
+(`attention_probe`). What is to be chosen decides much for wide features and few clips (the
+regularisation, the number of neighbours): it is chosen anew for every test fold, by
+cross-validation among the training folds, which keeps folds whole (clips of one recording or
+speaker share a fold): the final score alone sees the test fold.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from beats_jax.fbank import BANDS, FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE, num_tokens
+from beats_jax.features import logmel_baseline_features, mean_features, token_features
 
 if TYPE_CHECKING:  # scores of arrays need no JAX
     from beats_jax.data.sources import Clips
@@ -22,7 +25,50 @@ if TYPE_CHECKING:  # scores of arrays need no JAX
 
 # Inverse regularisation strengths to choose from; on a tie the strongest regularisation wins.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+NEIGHBOURS = (1, 3, 5, 10, 20, 50)  # on a tie the fewest win
 MAX_ITERATIONS = 5000  # standardised features take some hundred; nearly separable ones more
+ATTENTION = "attention"  # needs tokens, the others one vector a clip
+
+
+class Kind(NamedTuple):
+    """A probe of one vector a clip, on features standardised by the training clips.
+
+    Attributes:
+        make: a new classifier of scikit-learn.
+        parameter: of the classifier, to be chosen; "" = none.
+        symbol: what the table calls it.
+        values: to choose from, the one that wins a tie first.
+    """
+
+    make: Callable[[], Any]
+    parameter: str = ""
+    symbol: str = ""
+    values: tuple[float, ...] = ()
+
+
+def _logistic_regression() -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(max_iter=MAX_ITERATIONS)
+
+
+def _nearest_neighbours() -> Any:
+    from sklearn.neighbors import KNeighborsClassifier
+
+    return KNeighborsClassifier(metric="cosine")
+
+
+def _nearest_mean() -> Any:
+    from sklearn.neighbors import NearestCentroid
+
+    return NearestCentroid()
+
+
+KINDS = {
+    "linear": Kind(_logistic_regression, "C", "C", STRENGTHS),
+    "knn": Kind(_nearest_neighbours, "n_neighbors", "k", NEIGHBOURS),
+    "mean": Kind(_nearest_mean),
+}
 
 
 class Row(NamedTuple):
@@ -31,7 +77,7 @@ class Row(NamedTuple):
     Attributes:
         name: e.g. "trained", "untrained", "log-mel".
         accuracies: [n_folds] float64 in 0..1, in the order of the sorted folds.
-        strengths: the C chosen for each fold.
+        strengths: the C (or k) chosen for each fold; empty where there is none to choose.
     """
 
     name: str
@@ -52,78 +98,125 @@ def probe_stage(
     stage_folder: str,
     data: str,
     *,
+    kinds: Sequence[str] = ("linear",),
     filter: str = "",
     label: str = "category",
     fold: str = "fold",
     layer: int | None = None,
     seed: int = 0,
-) -> list[Row]:
+    cache: str | Path | None = None,
+) -> dict[str, list[Row]]:
     """A stage's encoder, the same encoder untrained, and the log-mel baseline, on one data set.
 
     Args:
-        stage_folder: `W/<iteration>/<stage>`, `…@STEP`, or an official `.pt` file.
+        stage_folder: `W/<iteration>/<stage>`, `…@STEP`, an exported folder or an official `.pt`;
+            only a stage that is no fine-tuning says how it started, and so has an "untrained" row.
         data: a folder made by `prepare`, with columns for the label and the fold.
+        kinds: of `KINDS`, and "attention", which has no log-mel baseline.
         filter: its rows to take, as "esc10=True".
         label, fold: the columns' names.
         layer: whose features are averaged over the clip; the last by default.
-        seed: of the inner split, where there are only two folds.
+        seed: of the inner split, where there are only two folds, and of the attention probe.
+        cache: a folder that keeps every layer's mean features for the next call.
+
+    Returns:
+        kind -> its rows; the audio is read once for all.
 
     Raises:
         FileNotFoundError: no checkpoint or no data there.
-        ValueError: a column is missing, or the folds cannot be used.
+        ValueError: a column is missing, a kind is unknown, or the folds cannot be used.
     """
+    _check_kinds(kinds, (*KINDS, ATTENTION))
+    clips, labels, folds = _open(data, filter, label, fold)
+    rows: dict[str, list[Row]] = {kind: [] for kind in kinds}
+    vectors = [kind for kind in kinds if kind != ATTENTION]
+    for name, model in _models(stage_folder):
+        if vectors:
+            x = mean_features(model, clips, model.check_layer(layer), cache, name)
+            for kind in vectors:
+                rows[kind].append(cross_validate(kind, x, labels, folds, seed, name=name))
+        if ATTENTION in kinds:
+            tokens = token_features(model, clips, layer)
+            rows[ATTENTION].append(attention_probe(*tokens, labels, folds, seed, name=name))
+    if vectors:
+        baseline = logmel_baseline_features(clips.fetch(np.arange(len(clips))))
+    for kind in vectors:
+        rows[kind].append(_baseline(kind, baseline, labels, folds, seed))
+    return rows
+
+
+def sweep_layers(
+    stage_folder: str,
+    data: str,
+    *,
+    kinds: Sequence[str] = ("linear",),
+    filter: str = "",
+    label: str = "category",
+    fold: str = "fold",
+    seed: int = 0,
+    cache: str | Path | None = None,
+) -> tuple[dict[str, list[Row]], dict[str, Row]]:
+    """Every layer of one encoder, in one pass over the audio; arguments as of `probe_stage`.
+
+    Returns:
+        kind -> the rows of layer 0 (input of the first block) to N (last output), and
+        kind -> the log-mel baseline.
+
+    Raises:
+        FileNotFoundError, ValueError: as `probe_stage`; "attention", which needs a layer's tokens.
+    """
+    _check_kinds(kinds, tuple(KINDS))
+    clips, labels, folds = _open(data, filter, label, fold)
+    _, model = next(_models(stage_folder))
+    layers = mean_features(model, clips, slice(None), cache, "trained")
+    rows = {
+        kind: [
+            cross_validate(kind, x, labels, folds, seed, name=f"layer {i}")
+            for i, x in enumerate(layers)
+        ]
+        for kind in kinds
+    }
+    baseline = logmel_baseline_features(clips.fetch(np.arange(len(clips))))
+    return rows, {kind: _baseline(kind, baseline, labels, folds, seed) for kind in kinds}
+
+
+def _check_kinds(kinds: Sequence[str], known: Sequence[str]) -> None:
+    if strange := [kind for kind in kinds if kind not in known]:
+        raise ValueError(f"no probe {strange[0]!r} here; the probes are: {', '.join(known)}")
+
+
+def _open(data: str, filter: str, label: str, fold: str) -> tuple[Clips, list[str], list[str]]:
+    """The clips, and the class and the fold of each."""
     from beats_jax.data.sources import open_clips
-    from beats_jax.inference import Model, load
-    from beats_jax.pretrained import untrained
 
     clips = open_clips(data).select(filter)
     for column in (label, fold):
         if column not in clips.columns:
             known = ", ".join(clips.columns) or "none"
             raise ValueError(f"{data}: no column {column!r}; the columns are: {known}")
-    labels, folds = clips.columns[label], clips.columns[fold]
-    features = {"trained": pooled_features(load(stage_folder), clips, layer)}
-    if not stage_folder.endswith(".pt"):  # the official files do not say how they started
-        features["untrained"] = pooled_features(Model(untrained(stage_folder)), clips, layer)
-    rows = evaluate_features(features, labels, folds, seed)
-    baseline = logmel_baseline_features(clips.fetch(np.arange(len(clips))))
-    return rows + [linear_probe(baseline, labels, folds, seed, name="log-mel", strengths=(0.1,))]
+    return clips, clips.columns[label], clips.columns[fold]
 
 
-def pooled_features(
-    model: Model, clips: Clips, layer: int | None = None, batch_size: int = 16
-) -> np.ndarray:
-    """Mean of each clip's features over its valid tokens (exact mode).
+def _models(path: str) -> Iterator[tuple[str, Model]]:
+    """The trained model and, where it is known how that began, the same untrained."""
+    from beats_jax.exported import WEIGHTS
+    from beats_jax.inference import Model, load
+    from beats_jax.pretrained import untrained
 
-    Args:
-        model: of `inference.load`.
-        clips: what to read.
-        layer: 0 = input of the first block, N = last output; the last by default.
-        batch_size: clips at a time.
+    model = load(path)
+    yield "trained", model
+    is_stage = not Path(path).is_file() and not (Path(path) / WEIGHTS).is_file()
+    if is_stage and model.kind != "finetuned":
+        yield "untrained", Model(untrained(path))
 
-    Returns:
-        [len(clips), D] float32; zeros for a clip under 2800 samples, which has no token.
 
-    Raises:
-        ValueError: the model has no such layer.
-    """
-    from beats_jax.inference import bucket, samples_of
+def _baseline(kind: str, features: Any, labels: Any, folds: Any, seed: int) -> Row:
+    """Of log-mel statistics; for the linear probe with the strength of the published figures."""
+    values = (0.1,) if kind == "linear" else None
+    return cross_validate(kind, features, labels, folds, seed, name="log-mel", values=values)
 
-    pooled = np.zeros((len(clips), model.embed_dim), np.float32)
-    by_length = np.argsort(clips.num_samples, kind="stable")  # little padding, few programs
-    for first in range(0, len(clips), batch_size):
-        rows = by_length[first : first + batch_size]
-        num_samples = np.zeros(batch_size, np.int64)
-        num_samples[: len(rows)] = clips.num_samples[rows]
-        columns = num_tokens(num_samples) // BANDS
-        size = samples_of(bucket(int(columns.max())))
-        waveforms = np.zeros((batch_size, size), np.float32)
-        for waveform, pcm in zip(waveforms, clips.fetch(rows), strict=False):
-            waveform[: len(pcm)] = pcm[:size] / np.float32(32768)
-        features = model.by_column("features", waveforms, num_samples, layer)  # padding is zero
-        count = np.maximum(BANDS * columns, 1, dtype=np.float32)[:, None]
-        pooled[rows] = (features.sum(axis=(1, 2)) / count)[: len(rows)]
-    return pooled
+
+# --- probes ---------------------------------------------------------------------------------------
 
 
 def linear_probe(
@@ -153,17 +246,67 @@ def linear_probe(
     Warns:
         RuntimeWarning: the final fit of a fold did not converge.
     """
+    return cross_validate("linear", features, labels, folds, seed, name=name, values=strengths)
+
+
+def cross_validate(
+    kind: str,
+    features: Any,
+    labels: Any,
+    folds: Any,
+    seed: int = 0,
+    *,
+    name: str = "features",
+    values: Sequence[float] | None = None,
+) -> Row:
+    """Cross-validated accuracy of a probe of one vector a clip, one figure a fold.
+
+    Args:
+        kind: of `KINDS`: "linear", "knn" (cosine) or "mean" (nearest class mean).
+        values: of its parameter, to choose from; its own by default.
+        features, labels, folds, seed, name: as of `linear_probe`, as are the errors.
+    """
     from threadpoolctl import threadpool_limits
 
     x, y, groups = _checked(features, labels, folds)
+    candidates = sorted(KINDS[kind].values if values is None else values)
     accuracies, chosen = [], []
     for fold in np.unique(groups):
         train, test = groups != fold, groups == fold
         with threadpool_limits(1):  # matrices this small are slower with BLAS threads
-            model, strength = _fit(x[train], y[train], groups[train], seed, sorted(strengths))
+            model, value = _fit(KINDS[kind], x[train], y[train], groups[train], seed, candidates)
             accuracies.append(model.score(x[test], y[test]))
-        chosen.append(strength)
+        chosen += value
     return Row(name, np.asarray(accuracies), tuple(chosen))
+
+
+def attention_probe(
+    tokens: np.ndarray,
+    padding: np.ndarray,
+    labels: Any,
+    folds: Any,
+    seed: int = 0,
+    *,
+    name: str = "features",
+) -> Row:
+    """Cross-validated accuracy of `attention_probe.fit_attention`, one figure a fold.
+
+    Args:
+        tokens, padding: of `token_features`.
+        labels, folds, name: as of `linear_probe`, as are the errors.
+        seed: of the order of the training's batches.
+    """
+    from beats_jax.attention_probe import fit_attention
+
+    means = tokens.sum(axis=1, dtype=np.float32)  # to be checked; nothing is fitted to them
+    _, y, groups = _checked(means, labels, folds)
+    classes, ids = np.unique(y, return_inverse=True)
+    accuracies = []
+    for fold in np.unique(groups):
+        train, test = np.flatnonzero(groups != fold), groups == fold
+        logits = fit_attention(tokens, padding, ids, train, seed, num_classes=len(classes))
+        accuracies.append(np.mean(logits[test].argmax(axis=1) == ids[test]))
+    return Row(name, np.asarray(accuracies), ())
 
 
 def evaluate_features(
@@ -176,98 +319,86 @@ def evaluate_features(
     ]
 
 
-def probe_table(rows: Iterable[Row]) -> str:
+def probe_table(rows: Iterable[Row], kind: str = "linear") -> str:
     """A Markdown table: accuracy in percent (mean ± std over folds), then every fold."""
     rows = list(rows)
     folds = range(1, len(rows[0].accuracies) + 1)
+    symbol = KINDS[kind].symbol if kind in KINDS else ""
     lines = [
-        "| features | accuracy (%) | " + " | ".join(f"fold {k}" for k in folds) + " | C |",
-        "|---|---|" + "---|" * len(folds) + "---|",
+        "| features | accuracy (%) | "
+        + " | ".join(f"fold {k}" for k in folds)
+        + (f" | {symbol} |" if symbol else " |"),
+        "|---|---|" + "---|" * (len(folds) + bool(symbol)),
     ]
     for row in rows:
         each = " | ".join(f"{100 * accuracy:.1f}" for accuracy in row.accuracies)
         chosen = ", ".join(f"{strength:g}" for strength in sorted(set(row.strengths)))
-        lines.append(
-            f"| {row.name} | {100 * row.mean:.1f} ± {100 * row.std:.1f} | {each} | {chosen} |"
-        )
+        line = f"| {row.name} | {100 * row.mean:.1f} ± {100 * row.std:.1f} | {each} |"
+        lines.append(line + (f" {chosen} |" if symbol else ""))
     return "\n".join(lines)
 
 
-def logmel_baseline_features(waveforms: Iterable[np.ndarray]) -> np.ndarray:
-    """What a plain log-mel says of a clip: the baseline that learned features must beat.
+def sweep_table(rows: Mapping[str, Sequence[Row]], baseline: Mapping[str, Row]) -> str:
+    """A Markdown table of `sweep_layers`: a line a layer, a column a probe, the best in bold."""
+    best = {kind: max(row.mean for row in layers) for kind, layers in rows.items()}
 
-    64 mel bands, 25 ms frames every 10 ms; per band the mean, the standard deviation and the mean
-    absolute difference of consecutive frames. With StandardScaler and LogisticRegression(C=0.1)
-    (`linear_probe(..., strengths=(0.1,))`) it gives 0.825 on ESC-10's five folds.
+    def cell(kind: str, row: Row) -> str:
+        text = f"{100 * row.mean:.1f} ± {100 * row.std:.1f}"
+        return f"**{text}**" if row.mean == best[kind] and row.name != "log-mel" else text
 
-    Args:
-        waveforms: 16 kHz clips of any length, float in [-1, 1] or int16; zero-padded to 2 frames.
-
-    Returns:
-        [N, 192] float32.
-    """
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1):
-        return np.asarray([_clip_statistics(np.asarray(w)) for w in waveforms], np.float32)
+    lines = ["| features | " + " | ".join(rows) + " |", "|---|" + "---|" * len(rows)]
+    for each in (*zip(*rows.values(), strict=True), tuple(baseline.values())):
+        cells = " | ".join(cell(kind, row) for kind, row in zip(rows, each, strict=True))
+        lines.append(f"| {each[0].name} | {cells} |")
+    return "\n".join(lines)
 
 
-def _clip_statistics(waveform: np.ndarray) -> np.ndarray:
-    """[192] of one clip."""
-    import librosa
-
-    if waveform.dtype == np.int16:
-        waveform = waveform / np.float32(32768)
-    missing = FRAME_LENGTH + FRAME_SHIFT - len(waveform)
-    power = librosa.feature.melspectrogram(
-        y=np.pad(waveform.astype(np.float32), (0, max(0, missing))),
-        sr=SAMPLE_RATE,
-        n_fft=FRAME_LENGTH,
-        hop_length=FRAME_SHIFT,
-        n_mels=64,
-        center=False,
-    )
-    logmel = np.log(power + 1e-6)
-    change = np.abs(np.diff(logmel, axis=1)).mean(1)
-    return np.concatenate([logmel.mean(1), logmel.std(1), change])
-
-
-def _fit(x: np.ndarray, y: np.ndarray, groups: np.ndarray, seed: int, strengths: Sequence[float]):
-    """Chooses C by cross-validation inside (x, y, groups), fits to all of it; (model, C)."""
+def _fit(
+    kind: Kind, x: np.ndarray, y: np.ndarray, groups: np.ndarray, seed: int, values: Sequence[float]
+) -> tuple[Any, list[float]]:
+    """Chooses a value by cross-validation inside (x, y, groups), fits to all; (model, [value])."""
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedKFold
-    from sklearn.pipeline import make_pipeline
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import Pipeline
     from sklearn.preprocessing import StandardScaler
 
     # The scaler is part of the model: it too is fitted on training clips only, inner ones included.
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
+    model = Pipeline([("scaler", StandardScaler()), ("probe", kind.make())])
+    if not kind.parameter:
+        return model.fit(x, y), []
+    splits, name = _inner_splits(x, y, groups, seed), f"probe__{kind.parameter}"
+    if kind.parameter == "n_neighbors":  # there have to be so many
+        values = [k for k in values if k <= min(len(train) for train, _ in splits)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # judged below, once, on the final fit
+        if len(values) == 1:
+            value = values[0]
+        else:
+            search = GridSearchCV(model, {name: list(values)}, cv=splits, refit=False).fit(x, y)
+            value = search.best_params_[name]
+        model.set_params(**{name: value}).fit(x, y)
+    classifier: Any = model["probe"]
+    if np.max(getattr(classifier, "n_iter_", 0)) >= MAX_ITERATIONS:
+        warnings.warn(
+            f"the logistic regression with C={value:g} did not converge in {MAX_ITERATIONS} "
+            "iterations; its accuracy is a lower bound: leave large values out of `strengths`",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return model, [float(value)]
+
+
+def _inner_splits(x: np.ndarray, y: np.ndarray, groups: np.ndarray, seed: int) -> list[Any]:
+    """Splits of the training clips, to fit and to choose by: by whole folds, if there are two."""
+    from sklearn.model_selection import GroupKFold, StratifiedKFold
+
     num_groups = len(np.unique(groups))
     if num_groups > 1:
         splitter = GroupKFold(min(5, num_groups))  # up to 5 folds: each is left out once
-        splits = list(splitter.split(x, y, groups))
-    else:
-        rarest = np.unique(y, return_counts=True)[1].min()
-        splitter = StratifiedKFold(max(2, min(5, rarest)), shuffle=True, random_state=seed)
-        splits = list(splitter.split(x, y))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # judged below, once, on the final fit
-        if len(strengths) == 1:
-            strength = strengths[0]
-        else:
-            grid = {"logisticregression__C": list(strengths)}
-            search = GridSearchCV(model, grid, cv=splits, refit=False).fit(x, y)
-            strength = search.best_params_["logisticregression__C"]
-        model.set_params(logisticregression__C=strength).fit(x, y)
-    regression: Any = model["logisticregression"]
-    if regression.n_iter_.max() >= MAX_ITERATIONS:
-        warnings.warn(
-            f"the logistic regression with C={strength:g} did not converge in {MAX_ITERATIONS} "
-            "iterations; its accuracy is a lower bound: leave large values out of `strengths`",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return model, float(strength)
+        return list(splitter.split(x, y, groups))
+    rarest = np.unique(y, return_counts=True)[1].min()
+    splitter = StratifiedKFold(max(2, min(5, rarest)), shuffle=True, random_state=seed)
+    return list(splitter.split(x, y))
 
 
 def _checked(features: Any, labels: Any, folds: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

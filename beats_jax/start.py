@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import beats_jax
@@ -25,6 +26,7 @@ from beats_jax.data.sources import Clips
 from beats_jax.data.token_store import open_store
 from beats_jax.pretrained import load_model
 from beats_jax.stages import Pretrained, Stage, compute_dtype
+from beats_jax.stages.finetune import extend_head
 
 # Whose encoder an iteration's tokenizer learns from, where `config.teacher` does not say.
 TEACHERS = {"iter2": "iter1/pretrain", "iter3": "iter2/pretrain", "iter3plus": "iter2/finetune"}
@@ -54,15 +56,20 @@ class Earlier(NamedTuple):
 def earlier(config: Any, name: str, workdir: str | Path) -> Earlier:
     """Finds and reads the models of earlier stages; no path here is known to anything below.
 
-    Where `config.init_from` names a model, its architecture replaces the config's.
+    Where `config.init_from` names a model, its architecture replaces the config's. Fine-tuning
+    starts from its iteration's pre-training if it does not; from nothing with "scratch".
 
     Raises:
       FileNotFoundError: a model is not there.
       ValueError: one is of the wrong kind, or its file cannot be read.
     """
     start, lineage = None, {}
-    if config.init_from:
-        start = _load("config.init_from", config.init_from)
+    path, field = config.init_from, "config.init_from"
+    if name == "finetune" and not path:
+        path, field = str(Path(workdir) / config.iteration / "pretrain"), "the encoder to fine-tune"
+        field += " (--config.init_from=PATH names one, =scratch is none)"
+    if path and path != "scratch":
+        start = _load(field, path)
         lineage["init_from"] = start.source
         with config.unlocked():
             config.model.update({field: getattr(start.model, field) for field in ARCHITECTURE})
@@ -184,7 +191,10 @@ def starting_state(
         params = dict(state.params)
         for part, weights in start.params.items():
             # A predictor of other tokens is of no use; an encoder always fits (ARCHITECTURE).
-            if part in params and _shapes(params[part]) == _shapes(weights):
+            if part == "head" and part in params:
+                fresh = multihost_utils.process_allgather(params[part], tiled=True)
+                params[part] = extend_head(fresh, weights, meta["labels"], start.labels)
+            elif part in params and _shapes(params[part]) == _shapes(weights):
                 params[part] = weights
         state = state._replace(params=jax.device_put(params, shardings.params))
     return state, False
@@ -196,6 +206,10 @@ def _shapes(tree: Any) -> Any:
 
 # What the inputs are made with: a run that changed them would be another run.
 FIXED = ("data.clip_seconds", "data.crop", "data.mean", "data.std")
+FIXED_IN_FINETUNING = (
+    *("data.label", "data.classes", "data.test_filter", "finetune.task", "finetune.roll"),
+    *("finetune.mixup", "finetune.mixup_alpha", "finetune.balanced_sampling"),
+)
 
 
 def _check_same_run(
@@ -209,7 +223,7 @@ def _check_same_run(
                 f"{meta[key]}: the order of the data would change; take the old value back or "
                 f"another --workdir"
             )
-    for name in FIXED:
+    for name in FIXED + (FIXED_IN_FINETUNING if meta["stage"] == "finetune" else ()):
         old, new = before["config"], meta["config"]
         for part in name.split("."):
             old, new = old[part], new[part]
@@ -262,15 +276,20 @@ def calibrate(
 def describe(
     config: Any, name: str, section: Any, clips: Clips, lineage: dict[str, Any]
 ) -> dict[str, Any]:
-    """All that is needed to know what made a stage folder: its `config.json`."""
+    """All that is needed to know what made a stage folder: its `config.json`.
+
+    Of fine-tuning also its classes, in the order of the logits, and its task.
+    """
     root = Path(__file__).parents[1]
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     in_clone = (root / ".git").exists() and shutil.which("git")
     git = in_clone and subprocess.run(command, capture_output=True, text=True)
+    classes = {"labels": clips.labels.names, "task": section.task} if clips.labels else {}
     return {
         "iteration": config.iteration,
         "stage": name,
         "lineage": lineage,
+        **classes,
         "seed": config.seed,
         "batch_size": section.batch_size,
         "dataset_fingerprint": clips.fingerprint,

@@ -26,18 +26,22 @@ from beats_jax.checkpoint import Checkpoints, TrainState
 from beats_jax.data.dataset import Data
 from beats_jax.data.sources import Clips
 from beats_jax.fbank import unpatchify
+from beats_jax.labels import names as audioset_names
 from beats_jax.metrics import Histogram, summarize
 from beats_jax.optim import make_optimizer
-from beats_jax.stages import Stage, pretrain, tokenizer
+from beats_jax.selection import final_weights, results, score
+from beats_jax.stages import Stage, batch_patches, finetune, pretrain, tokenizer
 from beats_jax.watch import Clock, Interrupted, Report, Signals
 from beats_jax.writers import read_metrics
 
 log = logging.getLogger("beats_jax")
 
-# Name of a stage -> (config, the model it is built on) -> the stage, and what is frozen in it.
+# Name of a stage -> (config, what it is built on: an earlier model, or the labels to learn) -> the
+# stage, and what is frozen in it.
 STAGES: dict[str, Callable[[Any, Any], tuple[Stage, Any]]] = {
     "tokenizer": tokenizer.from_config,
     "pretrain": pretrain.from_config,
+    "finetune": finetune.from_config,
 }
 
 
@@ -46,8 +50,8 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
 
     Args:
       config: an `ml_collections.ConfigDict`; see `configs/`.
-      name: the stage, a section of the config: "tokenizer" or "pretrain"; of another iteration than
-        the config's as "iter1/pretrain".
+      name: the stage, a section of the config: "tokenizer", "pretrain" or "finetune"; of another
+        iteration than the config's as "iter1/pretrain".
       workdir: results go to `<workdir>/<iteration>/<stage>/`; earlier iterations are found there.
 
     Raises:
@@ -66,9 +70,11 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(section.batch_size, section.micro_batches, mesh, name)
     earlier = start.earlier(config, name, workdir)
-    stage, frozen = STAGES[name](config, earlier.given)
+    finetuning = section if name == "finetune" else None
+    data = Data.open(config, section.batch_size, mesh, workdir, finetuning)
+    given = data.train_clips.labels if finetuning else earlier.given
+    stage, frozen = STAGES[name](config, given)
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
-    data = Data.open(config, section.batch_size, mesh, workdir)
     tx, schedule = make_optimizer(section, config.adamw)
     checkpoints = Checkpoints(folder / "checkpoints", section.keep, section.keep_best)
     meta = start.describe(config, name, section, data.train_clips, earlier.lineage)
@@ -94,6 +100,9 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
         with clock.paused():
             checkpoints.save(state, {**meta, **seen}, figures)
 
+    def figures_of(params: Any, batches: Iterator[dict[str, jax.Array]]) -> dict[str, float]:
+        return score(eval_step, params, state.model_state, frozen, batches).figures
+
     def check_good(step: int, batch: dict, sums: dict) -> None:
         if not sums["finite"]:
             bad = bad_clips(eval_step(state.params, state.model_state, frozen, batch)[1], batch)
@@ -107,6 +116,8 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
             state, summary = start.calibrate(stage, state, like, frozen, batches, section, config)
             report.write(0, summary)
             save(state, 0, {})
+            if finetuning and chief:
+                draw_augmentations(data, config, section, folder)
         before = None
         clock.restart(done)
         for step in range(done + 1, section.steps + 1):
@@ -127,6 +138,10 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
             if evaluated:
                 with clock.paused():
                     record |= evaluate(eval_step, state, frozen, data.validation(), folder, step)
+            if finetuning and last:
+                with clock.paused():
+                    weights = final_weights(state, checkpoints, like, record)
+                    record |= results(weights, figures_of, data, section.keep_best, meta, folder)
             report.write(step, record)
             if chief and (evaluated or last):
                 with clock.paused():
@@ -259,20 +274,35 @@ def evaluate(
     step: int,
 ) -> dict[str, float]:
     """Figures of the held-out clips, prefixed `val_`; draws the first clip and the code usage."""
-    total = None
-    for batch in batches:
-        metrics, outputs = eval_step(state.params, state.model_state, frozen, batch)
-        metrics = jax.device_get(metrics)
-        if total is None and jax.process_index() == 0:
-            # Row 0 lies on this process's first device: no computation of one process alone.
-            first = {name: np.asarray(x.addressable_data(0))[0] for name, x in outputs.items()}
-            draw_example(first, folder / "plots" / f"example_{step:07d}.png")
-        total = metrics if total is None else jax.tree.map(np.add, total, metrics)
-    total = total or {}
-    usage = {name: m.counts for name, m in total.items() if isinstance(m, Histogram)}
-    if usage and jax.process_index() == 0:
-        plots.plot_code_usage(usage, folder / "plots" / f"code_usage_{step:07d}.png")
-    return {f"val_{name}": value for name, value in summarize(total).items()}
+    scored = score(eval_step, state.params, state.model_state, frozen, batches)
+    usage = {name: m.counts for name, m in scored.sums.items() if isinstance(m, Histogram)}
+    if jax.process_index() == 0:
+        if "token_ids" in scored.first:
+            draw_example(scored.first, folder / "plots" / f"example_{step:07d}.png")
+        if usage:
+            plots.plot_code_usage(usage, folder / "plots" / f"code_usage_{step:07d}.png")
+    return {f"val_{name}": value for name, value in scored.figures.items()}
+
+
+def draw_augmentations(data: Data, config: Any, section: Any, folder: Path) -> None:
+    """The first training examples, as they were and as the model sees them."""
+    local: list[dict[str, Any]] = [
+        {name: np.asarray(x.addressable_data(0))[:3] for name, x in next(batches).items()}
+        for batches in (data.unaugmented(), data.training(0))
+    ]
+    mean, std = config.data.mean, config.data.std
+    before, after = (jnp.asarray(batch_patches(batch, mean, std)) for batch in local)
+    rng = jax.random.fold_in(jax.random.key(config.seed), 0)
+    masks = finetune.SpecAugment(**section.spec_augment)
+    after = finetune.masked(after, local[1]["num_samples"], local[1]["counter"], rng, masks)
+    assert data.train_clips.labels is not None
+    names = audioset_names(data.train_clips.labels.names)
+    titles = [
+        ", ".join(f"{share:.2f} {name}" for share, name in zip(row, names, strict=True) if share)
+        for row in local[1]["labels"]
+    ]
+    path = folder / "plots" / "augmentations.png"
+    plots.plot_augmentations(unpatchify(before), unpatchify(after), titles, path)
 
 
 def draw_example(clip: dict[str, np.ndarray], path: Path) -> None:

@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 # fmt: off
 def get_config() -> ConfigDict:
-    """Two iterations of a tiny model (2 layers of 64) on 13 classes of synthetic 2 s sounds."""
+    """Two iterations of a tiny model (2 layers of 64) on 14 classes of synthetic 2 s sounds."""
     return ConfigDict(dict(
         seed=0,
         iteration="iter1",
-        stages=("iter1/pretrain", "iter2/tokenizer", "iter2/pretrain"),
+        stages=("iter1/pretrain", "iter2/tokenizer", "iter2/pretrain", "iter2/finetune"),
         teacher="",
         resume="",
         init_from="",
@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
             clip_seconds=2.0, crop="random", token_ids="",
             mean=15.41663, std=6.55582,
             num_clips=512,
+            label="category", classes="", test_filter="fold=1",  # of fine-tuning alone
         ),
         input=dict(backend="tf", frontend="auto", workers=1, prefetch=4),
         random_projection=dict(
@@ -53,5 +54,17 @@ def get_config() -> ConfigDict:
             label_smoothing=0.0,
             calibration_batches=8, save_every=100, log_every=10, eval_every=100,
             keep=2, keep_best="",
+        ),
+        finetune=dict(
+            task="single-label", class_weights=False, balanced_sampling=False,
+            steps=60, batch_size=16, micro_batches=1,
+            lr=2e-3, warmup_steps=6, schedule="cosine",
+            layer_decay=0.8, trained_layers=-1, ema_decay=0.95, head_dropout=0.1,
+            label_smoothing=0.1, roll=True, mixup=0.2, mixup_alpha=0.8,
+            spec_augment=dict(
+                time_masks=1, time_share=0.1, frequency_masks=1, frequency_share=0.1,
+            ),
+            save_every=20, log_every=10, eval_every=20,
+            keep=2, keep_best="val_accuracy",
         ),
     ))

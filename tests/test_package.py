@@ -92,11 +92,12 @@ def test_wheel_works_in_an_empty_environment(wheel, tmp_path):
     where = run(python, "-c", "import beats_jax; print(beats_jax.__file__)").strip()
     assert Path(where).is_relative_to(tmp_path / "venv")
     assert "prepare" in run(python.with_name("beats-jax"), "--help")
-    steps = ["--config.pretrain.steps=4", "--config.tokenizer.steps=4"]
+    steps = [f"--config.{name}.steps=4" for name in ("pretrain", "tokenizer", "finetune")]
     sizes = ["--config.data.num_clips=24", "--config.data.clip_seconds=1.0"]
     smoke = ["--config=configs/smoke.py", f"--workdir={tmp_path / 'work'}"]
     run(python, "-m", "beats_jax.main", *smoke, *steps, *sizes)
     assert (tmp_path / "work/iter2/pretrain/metrics.jsonl").exists()
+    assert (tmp_path / "work/iter2/finetune/results.json").exists()
 
 
 def test_configs_are_found_from_another_folder(tmp_path):

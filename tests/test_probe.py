@@ -7,15 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import FIXTURES
 
-from beats_jax import probe
+import beats_jax
+from beats_jax import cli, features, probe
+from beats_jax.data import sources
+from beats_jax.data.synthetic import synthetic_clips
 from beats_jax.probe import (
+    NEIGHBOURS,
     STRENGTHS,
     Row,
+    cross_validate,
     evaluate_features,
     linear_probe,
     logmel_baseline_features,
     probe_table,
+    sweep_table,
 )
 
 
@@ -143,6 +150,147 @@ def test_rows_and_table():
         "| trained | 60.0 ± 10.0 | 50.0 | 60.0 | 70.0 | 0.01, 0.1 |",
         "| log-mel | 60.0 ± 10.0 | 50.0 | 60.0 | 70.0 | 0.01, 0.1 |",
     ]
+
+
+@pytest.mark.parametrize("kind", ["knn", "mean"])
+def test_other_probes_find_what_is_there_and_nothing_else(kind):
+    features, labels, folds = _blobs(distance=8)
+    row = cross_validate(kind, features, labels, folds)
+    assert row.accuracies.shape == (5,) and row.mean > 0.95
+    shuffled = np.random.default_rng(1).permutation(labels)
+    assert cross_validate(kind, features, shuffled, folds).mean < 0.45
+
+
+def test_neighbours_are_cosine_and_their_number_is_chosen_by_the_training_folds():
+    features, labels, folds = _blobs(distance=3)
+    row = cross_validate("knn", features, labels, folds)
+    assert len(row.strengths) == 5 and set(row.strengths) <= set(NEIGHBOURS)
+    for fold in (0, 3):
+        test = folds == fold
+        spoiled = np.where(test[:, None], 1e6 * features[::-1], features)
+        again = cross_validate("knn", spoiled, np.where(test, 0, labels), folds)
+        assert again.strengths[fold] == row.strengths[fold]
+    model, _ = probe._fit(probe.KINDS["knn"], features, labels, folds, 0, [5])
+    assert model["probe"].effective_metric_ == "cosine"
+    few = cross_validate("knn", features[:10], labels[:10] % 2, np.arange(10) % 5)
+    assert max(few.strengths) <= 5  # of 6 clips to choose by, 10 neighbours cannot be had
+
+
+def test_nearest_mean_is_the_nearest_mean():
+    features, labels, folds = _blobs(distance=2)
+    row = cross_validate("mean", features, labels, folds)
+    test = folds == 0
+    x = (features - features[~test].mean(0)) / features[~test].std(0)
+    means = np.stack([x[~test & (labels == c)].mean(0) for c in range(4)])
+    nearest = np.linalg.norm(x[test][:, None] - means, axis=-1).argmin(1)
+    assert row.accuracies[0] == pytest.approx(np.mean(nearest == labels[test]))
+    assert row.strengths == ()
+
+
+def test_tables_of_other_probes_and_of_layers():
+    row = Row("trained", np.array([0.5, 0.7]), ())
+    assert (
+        probe_table([row], "mean").splitlines()[0]
+        == "| features | accuracy (%) | fold 1 | fold 2 |"
+    )
+    assert probe_table([row._replace(strengths=(5, 3))], "knn").endswith("| 50.0 | 70.0 | 3, 5 |")
+    layers = [row._replace(name="layer 0"), Row("layer 1", np.array([0.8, 0.8]), ())]
+    rows = {"linear": layers, "knn": layers[::-1]}
+    table = sweep_table(rows, dict.fromkeys(rows, row._replace(name="log-mel")))
+    assert table.splitlines() == [
+        "| features | linear | knn |",
+        "|---|---|---|",
+        "| layer 0 | 60.0 ± 14.1 | **80.0 ± 0.0** |",
+        "| layer 1 | **80.0 ± 0.0** | 60.0 ± 14.1 |",
+        "| log-mel | 60.0 ± 14.1 | 60.0 ± 14.1 |",
+    ]
+
+
+# --- a model's features ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """18 clips of three lengths, 3 classes, 3 folds; the last clip has no token."""
+    made = synthetic_clips(18, seconds=1.0, seed=0)
+    lengths = np.array([16000, 9000, 5000] * 6)
+    lengths[-1] = 2000
+    columns = {"category": list("aabbcc") * 3, "fold": list("123") * 6}
+
+    def read(record: int) -> np.ndarray:
+        return made.read(record)[: lengths[record]]
+
+    return sources.Clips(made.ids, lengths, columns, made.digests, read, made.records)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return beats_jax.load(FIXTURES / "dev_encoder.pt")
+
+
+def test_pooled_features_and_tokens_are_those_of_each_clip_alone(model, clips):
+    layers = features.pooled_layers(model, clips, batch_size=4)
+    last = features.pooled_features(model, clips, batch_size=4)
+    second = features.pooled_features(model, clips, layer=1, batch_size=4)
+    tokens, padding = features.token_features(model, clips, layer=1, batch_size=4)
+    assert layers.shape == (4, 18, 48) and tokens.shape == (18, 48, 48)
+    for row in (0, 1, 2):
+        (pcm,) = clips.fetch(np.array([row]))
+        alone = model.all_layers(pcm)
+        np.testing.assert_allclose(layers[:, row], alone.mean(axis=1), rtol=0, atol=1e-4)
+        assert np.sum(~padding[row]) == alone.shape[1]
+        np.testing.assert_allclose(tokens[row][~padding[row]], alone[1], rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(layers[-1], last, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(layers[1], second, rtol=0, atol=1e-4)
+    assert not layers[:, -1].any() and padding[-1].all() and not tokens[padding].any()
+
+
+@pytest.fixture
+def data(clips, monkeypatch):
+    monkeypatch.setattr(sources, "open_clips", lambda path: clips)
+    return "DATA"
+
+
+def test_command_runs_every_probe_and_reads_the_audio_once(data, tmp_path, capsys, monkeypatch):
+    words = ["probe", str(FIXTURES / "dev_encoder.pt"), data, "--cache", str(tmp_path)]
+    assert cli.main([*words, "--probe", "linear,knn,mean,attention"]) == 0
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if line.endswith(":")] == [
+        *("linear:", "knn:", "mean:", "attention:")
+    ]
+    assert said.count("| trained |") == 4 and said.count("| log-mel |") == 3
+    assert "untrained" not in said  # an official file does not say how it began
+    monkeypatch.setattr(features, "pooled_layers", lambda *_: pytest.fail("read again"))
+    picture = tmp_path / "layers.png"
+    assert cli.main([*words, "--probe", "knn,mean", "--sweep-layers", str(picture)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "| features | knn | mean |" and len(table) == 2 + 4 + 1
+    assert picture.stat().st_size > 10_000
+    plain = probe.probe_stage(words[1], data, kinds=["mean"], layer=2)["mean"][0]
+    assert "| layer 2 |" in table[4] and f"{100 * plain.mean:.1f} ± " in table[4]
+
+
+def test_the_default_table_is_of_the_linear_probe(data, capsys):
+    assert cli.main(["probe", str(FIXTURES / "dev_encoder.pt"), data]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| features | accuracy (%) | fold 1 | fold 2 | fold 3 | C |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| trained", "| log-mel"]
+    assert lines[3].endswith("| 0.1 |")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--probe", "svm"], "no probe 'svm' here; the probes are: linear, knn, mean, attention"),
+        (["--probe", "attention", "--sweep-layers", "x.png"], "are: linear, knn, mean"),
+        (["--label", "species"], "no column 'species'; the columns are: category, fold"),
+        (["--layer", "9"], "layer 9 is not one of 0"),
+    ],
+)
+def test_bad_words_are_one_line(words, message, data, capsys):
+    assert cli.main(["probe", str(FIXTURES / "dev_encoder.pt"), data, *words]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err
 
 
 def test_logmel_features():

@@ -1,4 +1,8 @@
-"""From a config to batches on the mesh: clips prepared once, split by a hash of their group."""
+"""From a config to batches on the mesh: clips prepared once, split by a hash of their group.
+
+Fine-tuning sees labelled clips, and three sets of them: a test set by `data.test_filter`, which
+nothing is chosen by, and what is left of the data split into a training and a held-out set.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,12 @@ from jax.sharding import Mesh
 
 from beats_jax import sharding
 from beats_jax.data.order import held_out
-from beats_jax.data.pipeline import eval_batches, train_batches
-from beats_jax.data.sources import INDEX, Clips, join, open_clips, windows
+from beats_jax.data.pipeline import Augment, eval_batches, train_batches
+from beats_jax.data.sources import INDEX, Clips, join, matches, open_clips, windows
 from beats_jax.data.synthetic import synthetic_clips
 from beats_jax.data.token_store import open_store
-from beats_jax.fbank import SAMPLE_RATE
+from beats_jax.fbank import MIN_SAMPLES, SAMPLE_RATE
+from beats_jax.labels import read_labels
 
 log = logging.getLogger("beats_jax")
 
@@ -31,15 +36,35 @@ class Data(NamedTuple):
 
     train_clips: Clips
     val_clips: Clips
+    test_clips: Clips  # empty but in fine-tuning
     clip_samples: int
     training: Callable[[int], Iterator[dict[str, jax.Array]]]  # from a step on, endless
     calibration: Callable[[], Iterator[dict[str, jax.Array]]]  # a counter stream of its own
     validation: Callable[[], Iterator[dict[str, jax.Array]]]  # once through the held-out clips
+    testing: Callable[[], Iterator[dict[str, jax.Array]]]  # once through the test clips
+    unaugmented: Callable[[], Iterator[dict[str, jax.Array]]]  # `training` before augmentation
 
     @classmethod
-    def open(cls, config: Any, batch_size: int, mesh: Mesh, workdir: str | Path) -> Data:
-        """Opens (and, the first time, prepares) the config's data."""
-        train_clips, val_clips = open_data(config.data, workdir)
+    def open(
+        cls, config: Any, batch_size: int, mesh: Mesh, workdir: str | Path, finetune: Any = None
+    ) -> Data:
+        """Opens (and, the first time, prepares) the config's data.
+
+        `finetune` is the section of the fine-tuning stage, whose clips are labelled and augmented.
+        """
+        augment = Augment()
+        if finetune is None:
+            train_clips, val_clips = open_data(config.data, workdir)
+            test_clips = train_clips.select(keep=np.zeros(len(train_clips), bool))
+        else:
+            train_clips, val_clips, test_clips = open_labelled(config.data, finetune.task, workdir)
+            assert train_clips.labels is not None
+            augment = Augment(
+                finetune.roll,
+                finetune.mixup,
+                finetune.mixup_alpha,
+                train_clips.labels.balanced_cdf() if finetune.balanced_sampling else None,
+            )
         clip_samples = round(config.data.clip_seconds * SAMPLE_RATE)
         options = dict(config.input)
         if options["frontend"] == "auto":  # TensorFlow on the host, or JAX where the model runs
@@ -56,16 +81,21 @@ class Data(NamedTuple):
         def on_mesh(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, jax.Array]]:
             return (sharding.global_batch(batch, batch_size, mesh) for batch in batches)
 
-        def stream(seed: int, start: int = 0):
-            return on_mesh(train_batches(train_clips, seed=seed, start=start, **common))
+        def stream(seed: int, start: int = 0, augment: Augment = augment):
+            return on_mesh(
+                train_batches(train_clips, seed=seed, start=start, augment=augment, **common)
+            )
 
         return cls(
             train_clips,
             val_clips,
+            test_clips,
             clip_samples,
             training=lambda start: stream(config.seed, start),
             calibration=lambda: stream(config.seed + CALIBRATION),
             validation=lambda: on_mesh(eval_batches(val_clips, **common)),
+            testing=lambda: on_mesh(eval_batches(test_clips, **common)),
+            unaugmented=lambda: stream(config.seed, augment=Augment(cdf=augment.cdf)),
         )
 
 
@@ -94,14 +124,80 @@ def open_data(data: Any, workdir: str | Path) -> tuple[Clips, Clips]:
             f'data.token_ids holds ids of fixed windows, but data.crop is "{data.crop}": set '
             "--config.data.crop=grid, or leave --config.data.token_ids empty"
         )
-    if data.source == "synthetic":
-        clips = synthetic_clips(data.num_clips, data.clip_seconds, seed=0)
-    elif data.source == "folder":
-        clips = open_folders(data.dir, Path(workdir) / "data")
-    else:
-        raise ValueError(f'data.source "{data.source}" is unknown; use "folder" or "synthetic"')
+    clips = _open(data, workdir)
     clips = _grid(clips, data) if data.crop == "grid" else clips
-    clips = clips.select(data.filter)
+    return _split(clips.select(data.filter), data)
+
+
+def open_labelled(data: Any, task: str, workdir: str | Path) -> tuple[Clips, Clips, Clips]:
+    """Training, held-out and test clips, with their labels.
+
+    The classes are those of all three together, so that every fold has the same. Says how many
+    clips there are, which classes have none to train on, and how many clips are padded.
+
+    Args:
+      data: as for `open_data`, and `label`, a metadata column; `classes`, "" for those that occur
+        (see `labels.read_labels`); `test_filter`, rows that are only ever tested ("" = none).
+      task: "single-label" or "multi-label".
+      workdir: the run's.
+
+    Raises:
+      ValueError: as `open_data`; no such column; a clip without a label, or with one that is not
+        in `classes`; a test filter that leaves nothing to test, or nothing to train on.
+      FileNotFoundError: `dir` is not there.
+    """
+    if data.crop != "random":
+        raise ValueError(
+            f'fine-tuning classifies whole clips, not windows of a grid: data.crop is "{data.crop}"'
+            "; set --config.data.crop=random --config.data.token_ids="
+        )
+    if round(data.clip_seconds * SAMPLE_RATE) < MIN_SAMPLES:
+        raise ValueError(
+            f"data.clip_seconds {data.clip_seconds} holds no token; want 0.175 or more"
+        )
+    clips = _open(data, workdir).select(data.filter)
+    if data.label not in clips.columns:
+        raise ValueError(
+            f"data.label: no column {data.label!r}; the columns are: "
+            f"{', '.join(clips.columns) or 'none'}; set --config.data.label=COLUMN (sub-folders of "
+            "a folder of audio are the column 'category')"
+        )
+    cells = clips.columns[data.label]
+    labels = read_labels(cells, clips.ids, task, data.classes, data.label)
+    clips = dataclasses.replace(clips, labels=labels)
+    test = np.zeros(len(clips), bool)
+    if data.test_filter:
+        test = matches(data.test_filter, clips.columns, len(clips))
+    if test.all():
+        raise ValueError(
+            f"all {len(clips)} clips pass data.test_filter {data.test_filter!r}: none is left to "
+            "train on; test fewer, as in --config.data.test_filter=fold=5"
+        )
+    train, val = _split(clips.select(keep=~test), data)
+    assert train.labels is not None
+    missing = [labels.names[i] for i in np.flatnonzero(train.labels.counts() == 0)]
+    sizes = (len(train), len(val), int(test.sum()), len(labels.names))
+    log.info("%d clips to train on, %d held out, %d to test, of %d classes", *sizes)
+    if missing:
+        some = ", ".join(missing[:8])
+        log.warning("%d of %d classes have no clip to train on: %s", len(missing), sizes[-1], some)
+    if short := int(np.sum(clips.num_samples < MIN_SAMPLES)):
+        log.warning(
+            "%d clips are shorter than a token and padded to %d samples", short, MIN_SAMPLES
+        )
+    return train, val, clips.select(keep=test)
+
+
+def _open(data: Any, workdir: str | Path) -> Clips:
+    if data.source == "synthetic":
+        return synthetic_clips(data.num_clips, data.clip_seconds, seed=0)
+    if data.source == "folder":
+        return open_folders(data.dir, Path(workdir) / "data")
+    raise ValueError(f'data.source "{data.source}" is unknown; use "folder" or "synthetic"')
+
+
+def _split(clips: Clips, data: Any) -> tuple[Clips, Clips]:
+    """Training and held-out clips, groups kept together."""
     groups = clips.columns.get(data.group, clips.ids)
     groups = [group or own for group, own in zip(groups, clips.ids, strict=True)]
     val = held_out(groups, data.val_fraction)

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import betaincinv
 
 
 @functools.lru_cache(maxsize=4)  # a batch touches two epochs at most; threads may be a few apart
@@ -65,7 +66,11 @@ def uniform(seed: int, name: str, counters: np.ndarray) -> np.ndarray:
 
 
 def crop_starts(
-    seed: int, counters: np.ndarray, num_samples: np.ndarray, clip_samples: int
+    seed: int,
+    counters: np.ndarray,
+    num_samples: np.ndarray,
+    clip_samples: int,
+    name: str = "crop",
 ) -> np.ndarray:
     """First sample of each example's crop, uniform over the places where the crop fits.
 
@@ -74,13 +79,52 @@ def crop_starts(
         counters: integers [n], the examples' numbers.
         num_samples: integers [n], the clips' lengths in samples.
         clip_samples: the crop's length in samples.
+        name: of the random stream.
 
     Returns:
         int64 [n] in [0, num_samples - clip_samples], 0 where the clip is no longer than the crop.
     """
     places = np.maximum(np.asarray(num_samples, np.int64) - clip_samples, 0) + 1
     # u <= 1 - 2^-53, so u * places never rounds up to places.
-    return (uniform(seed, "crop", counters) * places).astype(np.int64)
+    return (uniform(seed, name, counters) * places).astype(np.int64)
+
+
+def weighted_positions(seed: int, counters: np.ndarray, cdf: np.ndarray, name: str) -> np.ndarray:
+    """Position of each example's clip, drawn with replacement by the clips' weights.
+
+    Args:
+        seed: the run's.
+        counters: integers [n], the examples' numbers.
+        cdf: float64 [size], cumulative weights, the last one 1.
+        name: of the random stream.
+
+    Returns:
+        int64 [n] in [0, size).
+    """
+    # u < 1 = cdf[-1], so "right" never returns `size`, and never a clip of weight 0.
+    return np.searchsorted(cdf, uniform(seed, name, counters), side="right")
+
+
+def roll_shifts(seed: int, counters: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
+    """How far each crop is rolled in time, in samples: uniform, int64 [n] in [0, num_samples)."""
+    return (uniform(seed, "roll", counters) * np.asarray(num_samples, np.int64)).astype(np.int64)
+
+
+def mixup_weights(seed: int, counters: np.ndarray, probability: float, alpha: float) -> np.ndarray:
+    """How much of the example's own clip is in its mixture.
+
+    Args:
+        seed: the run's.
+        counters: integers [n], the examples' numbers.
+        probability: of a mixture at all; in the other examples the weight is 1.
+        alpha: of the Beta(alpha, alpha) that a mixture's weight is drawn from, by inversion.
+
+    Returns:
+        float64 [n] in [0, 1].
+    """
+    mixed = uniform(seed, "mixup", counters) < probability
+    weights = betaincinv(alpha, alpha, uniform(seed, "mixup/weight", counters))
+    return np.where(mixed, weights, 1.0)
 
 
 def held_out(keys: Sequence[str], fraction: float) -> np.ndarray:

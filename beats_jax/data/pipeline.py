@@ -1,8 +1,8 @@
 """Batch numbers in, batches out: one pure function per batch, run by TensorFlow or by threads.
 
-counter -> position -> fetch -> crop or pad -> [log-mel patches] -> batch. A batch is a function of
-its number (see `order`), so the two executors below only decide who computes it and when: their
-int16 batches are equal bit for bit, from any start, in any number of hosts.
+counter -> position -> fetch -> crop or pad -> [augment] -> [log-mel patches] -> batch. A batch is
+a function of its number (see `order`), so the two executors below only decide who computes it and
+when: their int16 batches are equal bit for bit, from any start, in any number of hosts.
 """
 
 import collections
@@ -11,14 +11,15 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
+from beats_jax import augment as augmentations
 from beats_jax.data import order
 from beats_jax.data.sources import Clips
 from beats_jax.data.token_store import PADDING
-from beats_jax.fbank import MEAN, STD, fbank, patchify
+from beats_jax.fbank import MEAN, MIN_SAMPLES, STD, fbank, patchify
 
 Batch = dict[str, np.ndarray]
 DTYPES = {
@@ -27,9 +28,29 @@ DTYPES = {
     "counter": np.uint32,
     "index": np.int32,
     "token_ids": np.int32,  # where the clips have them
+    "labels": np.float32,  # where the clips have them
 }
 Batches = Generator[Batch, None, None]
 T = TypeVar("T")
+
+
+class Augment(NamedTuple):
+    """What happens to training examples besides the crop; by default nothing.
+
+    Attributes:
+        roll: move each crop in time, by any number of samples.
+        mixup: probability that an example is a mixture with another clip, labels included.
+        mixup_alpha: of the Beta distribution that a mixture's weight is drawn from.
+        cdf: float64 [n], for class-balanced sampling in the place of permutations.
+    """
+
+    roll: bool = False
+    mixup: float = 0.0
+    mixup_alpha: float = 0.8
+    cdf: np.ndarray | None = None
+
+
+AS_IT_IS = Augment()
 
 
 def train_batches(
@@ -40,6 +61,7 @@ def train_batches(
     clip_samples: int,
     start: int = 0,
     rows: slice | np.ndarray = slice(None),
+    augment: Augment = AS_IT_IS,
     backend: str = "tf",
     frontend: str = "host",
     mean: float = MEAN,
@@ -56,6 +78,7 @@ def train_batches(
         clip_samples: length of the crops; shorter clips are padded with zeros.
         start: number of the first batch. Batch n holds examples n * batch_size + row.
         rows: the rows of the global batch to read here.
+        augment: what else is done to the examples.
         backend: "tf" (tf.data) or "numpy" (threads; never imports TensorFlow).
         frontend: "host" makes log-mel patches here, "device" leaves the waveform to the caller.
         mean: of the log-mel, for "host".
@@ -67,7 +90,8 @@ def train_batches(
         An iterator of dicts, b = number of rows: `waveform` int16 [b, clip_samples] (device) or
         `patches` float32 [b, L, 256] (host); `num_samples` int32 [b], valid samples of the crop;
         `counter` uint32 [b], the example's number; `index` int32 [b], its position in `clips`;
-        `token_ids` int32 [b, L] where `clips` has stored ones, 0 at padding.
+        `token_ids` int32 [b, L] where `clips` has stored ones, 0 at padding; `labels` float32
+        [b, C] where it has labels: 0 or 1, and in a mixture both clips' weights.
         Closing or dropping it stops its threads. What goes wrong in them is raised here.
     """
     _check(clips, batch_size, clip_samples)
@@ -75,9 +99,19 @@ def train_batches(
 
     def make(number: int) -> Batch:
         counters = number * batch_size + taken
-        index = order.dataset_positions(seed, counters, len(clips))
+        if augment.cdf is None:
+            index = order.dataset_positions(seed, counters, len(clips))
+        else:
+            index = order.weighted_positions(seed, counters, augment.cdf, "balance")
         starts = order.crop_starts(seed, counters, clips.num_samples[index], clip_samples)
-        return _read(clips, index, starts, counters, clip_samples)
+        crops = _crops(clips, index, starts, clip_samples)
+        labels = None if clips.labels is None else clips.labels.multi_hot(index)
+        if augment.roll:
+            shifts = order.roll_shifts(seed, counters, np.array([len(crop) for crop in crops]))
+            crops = list(map(augmentations.roll, crops, shifts))
+        if augment.mixup:
+            crops, labels = _mixtures(clips, augment, seed, counters, crops, labels, clip_samples)
+        return _batch(clips, crops, labels, index, counters, clip_samples)
 
     numbers, shapes = range(start, sys.maxsize), _shapes(clips, len(taken), clip_samples)
     return _execute(make, numbers, shapes, backend, frontend, mean, std, workers, prefetch)
@@ -107,7 +141,9 @@ def eval_batches(
     def make(number: int) -> Batch:
         counters = number * batch_size + taken
         index = np.where(counters < len(clips), counters, -1)
-        return _read(clips, index, np.zeros_like(index), counters, clip_samples)
+        crops = _crops(clips, index, np.zeros_like(index), clip_samples)
+        labels = None if clips.labels is None else clips.labels.multi_hot(index)
+        return _batch(clips, crops, labels, index, counters, clip_samples)
 
     numbers = range(start, -(-len(clips) // batch_size))
     shapes = _shapes(clips, len(taken), clip_samples)
@@ -121,27 +157,68 @@ def _check(clips: Clips, batch_size: int, clip_samples: int) -> None:
         raise ValueError(f"batch_size {batch_size}, clip_samples {clip_samples}: must be positive")
 
 
-def _read(
-    clips: Clips, index: np.ndarray, starts: np.ndarray, counters: np.ndarray, clip_samples: int
-) -> Batch:
-    """Reads and crops; rows whose index is -1 stay empty."""
+def _crops(
+    clips: Clips, index: np.ndarray, starts: np.ndarray, clip_samples: int
+) -> list[np.ndarray]:
+    """The crops of the clips at `index`, each int16 [up to clip_samples]; none at all for -1."""
+    crops = [np.zeros(0, np.int16)] * len(index)
     real = np.flatnonzero(index >= 0)
-    waveform = np.zeros((len(index), clip_samples), np.int16)
-    num_samples = np.zeros(len(index), np.int32)
     for row, samples in zip(real, clips.fetch(index[real]), strict=True):
-        crop = samples[starts[row] : starts[row] + clip_samples]
-        waveform[row, : len(crop)] = crop
-        num_samples[row] = len(crop)
+        crops[row] = samples[starts[row] : starts[row] + clip_samples]
+    return crops
+
+
+def _mixtures(
+    clips: Clips,
+    augment: Augment,
+    seed: int,
+    counters: np.ndarray,
+    crops: list[np.ndarray],
+    labels: np.ndarray | None,
+    clip_samples: int,
+) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """Mixes some examples with partners, which are drawn as if they were examples themselves."""
+    weights = order.mixup_weights(seed, counters, augment.mixup, augment.mixup_alpha)
+    cdf = np.arange(1, len(clips) + 1) / len(clips) if augment.cdf is None else augment.cdf
+    index = order.weighted_positions(seed, counters, cdf, "mixup/partner")
+    index = np.where(weights < 1, index, -1)
+    starts = order.crop_starts(seed, counters, clips.num_samples[index], clip_samples, "mixup/crop")
+    partners = _crops(clips, index, starts, clip_samples)
+    crops = list(map(augmentations.mixup, crops, partners, weights))
+    if clips.labels is not None and labels is not None:
+        share = weights.astype(np.float32)[:, None]
+        labels = share * labels + (1 - share) * clips.labels.multi_hot(index)
+    return crops, labels
+
+
+def _batch(
+    clips: Clips,
+    crops: list[np.ndarray],
+    labels: np.ndarray | None,
+    index: np.ndarray,
+    counters: np.ndarray,
+    clip_samples: int,
+) -> Batch:
+    """Crops, padded with zeros, and what belongs to them; rows whose index is -1 stay empty."""
+    waveform = np.zeros((len(index), clip_samples), np.int16)
+    num_samples = np.array([len(crop) for crop in crops], np.int32)
+    for row, crop in zip(waveform, crops, strict=True):
+        row[: len(crop)] = crop
+    if labels is not None:  # a labelled clip is never dropped: a short one is padded to one token
+        num_samples = np.where(index >= 0, np.maximum(num_samples, MIN_SAMPLES), 0)
     batch = {
         "waveform": waveform,
-        "num_samples": num_samples,
+        "num_samples": num_samples.astype(np.int32),
         "counter": counters.astype(np.uint32),
         "index": index.astype(np.int32),
     }
     if clips.token_ids is not None:
+        real = np.flatnonzero(index >= 0)
         token_ids = np.zeros((len(index), clips.token_ids.shape[1]), np.int32)
         token_ids[real] = clips.token_ids[clips.records[index[real]]]
         batch["token_ids"] = np.where(token_ids == PADDING, 0, token_ids)
+    if labels is not None:
+        batch["labels"] = labels
     return batch
 
 
@@ -151,6 +228,8 @@ def _shapes(clips: Clips, rows: int, clip_samples: int) -> dict[str, tuple[int, 
     shapes = {"waveform": (rows, clip_samples), **shapes}
     if clips.token_ids is not None:
         shapes["token_ids"] = (rows, clips.token_ids.shape[1])
+    if clips.labels is not None:
+        shapes["labels"] = (rows, len(clips.labels.names))
     return shapes
 
 

@@ -41,7 +41,7 @@ LABELS = ("category", "target", "label", "labels")
 class Report(NamedTuple):
     """What `prepare` did; also in report.json."""
 
-    source: str  # the layout: folder, manifest, esc50 or synthetic
+    source: str  # the layout: folder, manifest, esc50, audioset, …, or synthetic
     filter: str
     listed: int  # files that passed the filter
     clips: int  # of them kept
@@ -49,6 +49,8 @@ class Report(NamedTuple):
     padded: list[str]  # labelled clips of 400 to 2799 samples, filled up with zeros to 2800
     too_short: list[str]  # under 400 samples: skipped
     unreadable: dict[str, str]  # file -> reason: skipped
+    notes: list[str]  # what is not as the set's own lists have it (`layouts`)
+    coverage: dict[str, dict[str, list[int]]]  # split -> class -> [clips there, clips listed]
 
     @property
     def skipped(self) -> int:
@@ -103,7 +105,8 @@ def prepare(
     with _lock(out):
         if (out / INDEX).exists():
             _check_same(out, listing, identity)
-            return Report(**json.loads((out / "report.json").read_text()))
+            saved = json.loads((out / "report.json").read_text())
+            return Report(**{"notes": [], "coverage": {}, **saved})  # older ones lack these two
         _clear(out)
         return _write(out, listing, identity, filter, decoded)
 
@@ -164,10 +167,13 @@ def _clear(out: Path) -> None:
 # --- decoding -------------------------------------------------------------------------------------
 
 
-def _decode(path: Path) -> Decoded:
-    """Runs in a worker: a file that cannot be read is an answer, not a failure."""
+def _decode(part: tuple[Path, tuple[float, float] | None]) -> Decoded:
+    """A file, or its (start, end) in seconds. Runs in a worker: a broken file is an answer."""
+    path, span = part
     try:
         waveform, _ = read_audio(path)
+        if span:
+            waveform = waveform[slice(*(round(second * SAMPLE_RATE) for second in span))]
         pcm = np.clip(np.round(waveform * 32768.0), -32768, 32767).astype("<i2")
         return Decoded(pcm.tobytes(), _sha256(path))
     except Exception as error:
@@ -179,9 +185,11 @@ def _decode(path: Path) -> Decoded:
 
 
 def _decode_all(listing: Listing, jobs: int) -> Iterator[Decoded]:
-    jobs = min(jobs, len(listing.paths))
+    spans = map(listing.spans.get, listing.ids)
+    parts = list(zip(listing.paths, spans, strict=True))
+    jobs = min(jobs, len(parts))
     if jobs == 1:
-        yield from map(_decode, listing.paths)
+        yield from map(_decode, parts)
         return
     # Not forked: by now this process may have threads of TensorFlow and JAX, with their locks.
     context = multiprocessing.get_context("spawn")
@@ -193,7 +201,7 @@ def _decode_all(listing: Listing, jobs: int) -> Iterator[Decoded]:
             initializer=signal.signal,
             initargs=ignore_interrupt,
         ) as pool:
-            yield from ordered(pool, _decode, listing.paths, ahead=8 * jobs)
+            yield from ordered(pool, _decode, parts, ahead=8 * jobs)
     except BrokenProcessPool as error:
         raise OSError(
             "a decoding process died (out of memory, or a crash in a decoder, or the calling script"
@@ -255,6 +263,11 @@ def _write(
         padded=padded,
         too_short=too_short,
         unreadable=unreadable,
+        notes=list(listing.notes),
+        coverage={
+            split: {label: list(counts) for label, counts in classes.items()}
+            for split, classes in listing.coverage.items()
+        },
     )
     source = {
         "identity": identity,

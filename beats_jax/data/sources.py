@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from beats_jax.data.layouts import AUDIO_SUFFIXES, Listing, audio_files, published
 from beats_jax.fbank import MIN_SAMPLES
+from beats_jax.labels import Labels
 
 INDEX = "index.json"  # written last and in one piece: a folder without it is not finished
-AUDIO_SUFFIXES = frozenset(
-    ".wav .flac .ogg .oga .opus .mp3 .m4a .mp4 .aac .wma .webm .aif .aiff .au .caf .w64".split()
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +39,7 @@ class Clips:
         read: record number -> int16 [n_i].
         records: int64 [n], the record number of each clip.
         token_ids: uint16 [records, L], stored tokens by record number (see `token_store`), if any.
+        labels: which classes each clip belongs to, where it is to be classified.
     """
 
     ids: list[str]
@@ -49,6 +49,7 @@ class Clips:
     read: Callable[[int], np.ndarray]
     records: np.ndarray
     token_ids: np.ndarray | None = None
+    labels: Labels | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -77,6 +78,7 @@ class Clips:
             read=self.read,
             records=self.records[rows],
             token_ids=self.token_ids,
+            labels=self.labels and self.labels._replace(ids=self.labels.ids[rows]),
         )
 
 
@@ -283,22 +285,13 @@ def _example_class() -> Any:
 # --- audio on disk --------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Listing:
-    """Audio files to prepare: ids [n], their paths [n] and their metadata, one value a file."""
-
-    kind: str
-    ids: list[str]
-    paths: list[Path]
-    columns: dict[str, list[str]]
-
-
 def list_source(source: str | os.PathLike[str], filter: str = "") -> Listing:
     """Finds the audio of a source, in whichever of these layouts it is; rows that pass a filter.
 
     * a manifest `X.csv` or `X.jsonl` with a `filename` column, relative to the manifest's folder
       or to `audio/` in it;
     * a folder with `metadata.csv`, which is such a manifest; or ESC-50's own, `meta/esc50.csv`;
+    * AudioSet (segment lists and clips), Speech Commands or IEMOCAP as they come (`layouts`);
     * any other folder: every audio file below it; its sub-folders, if it has any, are the classes
       (column `category`).
 
@@ -316,25 +309,18 @@ def list_source(source: str | os.PathLike[str], filter: str = "") -> Listing:
     elif (path / "meta" / "esc50.csv").is_file():
         listing = _manifest("esc50", path / "meta" / "esc50.csv", path)
     else:
-        listing = _folder(path)
+        listing = published(path) or _folder(path)
     rows = np.flatnonzero(matches(filter, listing.columns, len(listing.ids)))
     ids, paths = [listing.ids[i] for i in rows], [listing.paths[i] for i in rows]
-    return Listing(listing.kind, ids, paths, _take(listing.columns, rows))
+    columns = _take(listing.columns, rows)
+    return dataclasses.replace(listing, ids=ids, paths=paths, columns=columns)
 
 
 def _folder(root: Path) -> Listing:
-    found = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [
-            Path(folder, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
-        ]
-    if not found:
+    paths = audio_files(root)
+    if not paths:
         suffixes = " ".join(sorted(AUDIO_SUFFIXES))
         raise ValueError(f"{root}: no audio in it (looked for {suffixes})")
-    paths = sorted(found, key=lambda path: path.relative_to(root).as_posix())
     ids = [path.relative_to(root).as_posix() for path in paths]
     classes = [i.split("/")[0] if "/" in i else "" for i in ids]
     return Listing("folder", ids, paths, {"category": classes} if any(classes) else {})

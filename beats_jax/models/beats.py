@@ -126,6 +126,24 @@ def dense(features: int, fan_in: int, name: str, dtype: Any, use_bias: bool = Tr
     return nn.Dense(features, use_bias, dtype, kernel_init=init, bias_init=init, name=name)
 
 
+def depths(params: Any) -> Any:
+    """How far below the head each parameter of a classifier lies, as a tree like `params`.
+
+    `head` is 0, the last layer 1, the first one N; what comes before it (patch embedding,
+    positional convolution, the shared table of relative positions) N + 1.
+    """
+
+    def layer(path) -> int:
+        names = [str(key.key) for key in path if str(key.key).startswith("layers_")]
+        return int(names[0].removeprefix("layers_")) if names else -1
+
+    leaves = jax.tree_util.tree_leaves_with_path(params["encoder"])
+    num_layers = 1 + max(layer(path) for path, _ in leaves)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: 0 if path[0].key == "head" else num_layers - layer(path), params
+    )
+
+
 def token_padding_mask(num_samples: jax.Array | np.ndarray, length: int) -> jax.Array:
     """Exact mode: a token counts if all 16 frames of its time column lie in valid samples.
 

@@ -98,7 +98,7 @@ def test_the_same_numbers_in_every_table(folder, tmp_path):
     assert [line["file"] for line in lines] == [row["file"] for row in rows] == [*map(str, files)]
     for values, line, row in zip(arrays, lines, rows, strict=True):
         np.testing.assert_array_equal(values, np.float32(line["embedding"]))
-        np.testing.assert_array_equal(values, np.float32([float(row[f"x{i}"]) for i in range(48)]))
+        np.testing.assert_array_equal(values, [np.float32(row[f"x{i}"]) for i in range(48)])
 
 
 def test_all_frames_into_a_folder(folder, tmp_path, monkeypatch):

@@ -191,4 +191,5 @@ def _all_of_groups(mask: np.ndarray, target: int) -> np.ndarray:
     if target == 0:
         return mask[:, :0]
     group = mask.shape[1] // target
-    return mask[:, : group * target].reshape(mask.shape[0], target, group).all(-1)
+    groups = mask[:, : group * target].reshape(mask.shape[0], target, group)
+    return np.all(groups, axis=-1, keepdims=True)[..., 0]

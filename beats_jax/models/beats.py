@@ -192,4 +192,4 @@ def _all_of_groups(mask: np.ndarray, target: int) -> np.ndarray:
         return mask[:, :0]
     group = mask.shape[1] // target
     groups = mask[:, : group * target].reshape(mask.shape[0], target, group)
-    return np.all(groups, axis=-1, keepdims=True)[..., 0]
+    return np.logical_and.reduce(groups, axis=-1)

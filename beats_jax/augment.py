@@ -1,16 +1,20 @@
 """Augmentations as pure functions: arrays and what was drawn for them in, arrays out.
 
 What is drawn is a function of (seed, counter): whole numbers for waveforms come from
-`data.order` on the host, noise for log-mels from the step's key on the device.
+`data.order` on the host, noise for log-mels from the step's key on the device. Only what runs there
+imports JAX: reading data does not wait for it.
 """
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from beats_jax.fbank import NUM_MELS, num_frames, patchify, unpatchify
+
+if TYPE_CHECKING:
+    import jax
 
 
 def roll(waveform: np.ndarray, shift: int) -> np.ndarray:
@@ -62,6 +66,8 @@ def spec_augment(
     Returns:
       [B, L, 256].
     """
+    import jax.numpy as jnp
+
     log_mel = unpatchify(patches)
     width, place = jnp.split(noise, 2, axis=1)
     frames = jnp.minimum(num_frames(num_samples), log_mel.shape[1])
@@ -79,6 +85,8 @@ def spec_augment(
 
 def _covered(width: jax.Array, place: jax.Array, length: jax.Array, size: int) -> jax.Array:
     """bool [B, size]: indices under any of M masks, `width` and `place` [B, M], `length` [B, 1]."""
+    import jax.numpy as jnp
+
     span = jnp.floor(width * length)
     first = jnp.floor(place * (length - span + 1))[..., None]
     index = jnp.arange(size, dtype=jnp.float32)[None, None]

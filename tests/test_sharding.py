@@ -154,6 +154,7 @@ def test_rows_of_the_global_batch():
     assert {shard.data.shape for shard in array.addressable_shards} == {(2, 3)}
 
 
+@pytest.mark.timeout(600)  # three runs, two of them at once
 def test_two_processes_train_as_one(tmp_path):
     stages = ("iter1/pretrain", "iter2/tokenizer")
     changes: dict = dict(stages=stages, teacher=FIXTURES / "dev_encoder.pt")
@@ -171,7 +172,7 @@ def test_two_processes_train_as_one(tmp_path):
         )
         for i in range(2)
     ]  # fmt: skip
-    errors = [process.communicate(timeout=240)[1] for process in processes]
+    errors = [process.communicate(timeout=400)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     for stage in stages:
         one, two = (read_metrics(tmp_path / n / stage) for n in ("one", "two"))

@@ -146,6 +146,12 @@ def compare(a: str, b: str) -> str:
 
 
 def read(path: str) -> dict[str, Any]:
+    """The results in a folder of `write`, or in such a file.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: the file is something else.
+    """
     file = Path(path) / RESULTS if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no results there; beats-jax evaluate … --out {path}")

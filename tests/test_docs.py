@@ -46,6 +46,10 @@ def test_command(command, monkeypatch):
         assert words[0] in ("git", "cd", "source", "pip", "export")
 
 
+def test_no_placeholder_is_left():
+    assert not re.search(r"\b(RESULTS|SMOKETIME|ABLATIONS|TODO)\b", README)
+
+
 def test_pictures_and_links_exist():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert links and all((ROOT / link).exists() for link in links)

@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["beats_jax", "beats_jax.*"]), "beats_jax.configs"],
     package_dir={"beats_jax.configs": "configs"},
-    package_data={"beats_jax.configs": ["*.json"]},
+    package_data={"beats_jax.configs": ["*.json"], "beats_jax.data": ["*.csv"]},
     entry_points={"console_scripts": ["beats-jax = beats_jax.cli:main"]},
     install_requires=[
         "absl-py>=2.1,<3",

@@ -58,7 +58,8 @@ def test_wheel_holds_the_package_and_the_configs_only(wheel):
         info = f"beats_jax-{beats_jax.__version__}.dist-info"
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
         scripts = archive.read(f"{info}/entry_points.txt").decode()
-    assert {name for name in names if not name.startswith(info)} == modules | configs
+    data = {"beats_jax/data/audioset_labels.csv"}
+    assert {name for name in names if not name.startswith(info)} == modules | configs | data
     assert any(name.endswith("LICENSE") for name in names)
     assert "beats-jax = beats_jax.cli:main" in scripts
     assert metadata["Requires-Python"] == ">=3.11"

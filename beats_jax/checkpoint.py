@@ -44,13 +44,19 @@ class Checkpoints:
     Args:
       folder: where the steps' folders lie; made if missing.
       keep: how many of the newest to keep.
-      keep_best: a held-out figure, such as "val_loss": its best checkpoint is kept too ("" = none;
-        the lowest where the name ends in "loss", else the highest).
+      keep_best: a held-out figure, such as "val_loss": its best checkpoints are kept too ("" =
+        none; the lowest where the name ends in "loss", else the highest).
+      num_best: how many of them.
       read_only: somebody else's checkpoints: nothing is made or cleaned up.
     """
 
     def __init__(
-        self, folder: str | Path, keep: int = 2, keep_best: str = "", read_only: bool = False
+        self,
+        folder: str | Path,
+        keep: int = 2,
+        keep_best: str = "",
+        num_best: int = 1,
+        read_only: bool = False,
     ):
         self._keep_best = keep_best
         policies: list[managers.PreservationPolicy] = [managers.LatestN(keep)]
@@ -58,7 +64,7 @@ class Checkpoints:
             sign = -1 if keep_best.endswith("loss") else 1
             best = managers.BestN(
                 get_metric_fn=lambda metrics: sign * metrics[keep_best],
-                n=1,
+                n=num_best,
                 keep_checkpoints_without_metrics=False,
             )
             policies.append(best)
@@ -77,20 +83,21 @@ class Checkpoints:
         """The newest finished checkpoint's step, None where there is none."""
         return self._manager.latest_step()
 
-    def best(self, step: int, figures: Mapping[str, float]) -> int:
-        """The best step by `keep_best`, the newest of equally good ones.
+    def best(self, step: int, figures: Mapping[str, float], num_best: int = 1) -> list[int]:
+        """The best steps by `keep_best`, best first, the newest of equally good ones.
 
         Among the checkpoints and `step`, which is not saved yet and has `figures`: the one that is
         returned where there is nothing to go by. Waits for the save in flight.
         """
         name = self._keep_best
         if name not in figures:
-            return step
+            return [step]
         self.wait()
         measured = [(self._manager.metrics(saved), saved) for saved in self._manager.all_steps()]
         sign = -1 if name.endswith("loss") else 1
         rated = [(sign * found[name], saved) for found, saved in measured if found]
-        return max([*rated, (sign * figures[name], step)])[1]
+        rated.append((sign * figures[name], step))
+        return [at for _, at in sorted(rated, reverse=True)[:num_best]]
 
     def save(
         self, state: TrainState, meta: dict[str, Any], figures: Mapping[str, float] | None = None

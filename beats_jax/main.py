@@ -58,10 +58,11 @@ def main(_: list[str]) -> None:
     elif _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
-    from beats_jax import train
+    from beats_jax import folds, train
 
     for name in config.stages:
-        train.run_stage(config, name, _WORKDIR.value)
+        run = folds.run_folds if folds.wanted(config, name) else train.run_stage
+        run(config, name, _WORKDIR.value)
 
 
 def _parse(argv: list[str]) -> list[str]:

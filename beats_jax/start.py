@@ -66,7 +66,8 @@ def earlier(config: Any, name: str, workdir: str | Path) -> Earlier:
     start, lineage = None, {}
     path, field = config.init_from, "config.init_from"
     if name == "finetune" and not path:
-        path, field = str(Path(workdir) / config.iteration / "pretrain"), "the encoder to fine-tune"
+        iteration = config.iteration.partition("/")[0]  # the folds of one share its encoder
+        path, field = str(Path(workdir) / iteration / "pretrain"), "the encoder to fine-tune"
         field += " (--config.init_from=PATH names one, =scratch is none)"
     if path and path != "scratch":
         start = _load(field, path)
@@ -207,8 +208,15 @@ def _shapes(tree: Any) -> Any:
 # What the inputs are made with: a run that changed them would be another run.
 FIXED = ("data.clip_seconds", "data.crop", "data.mean", "data.std")
 FIXED_IN_FINETUNING = (
-    *("data.label", "data.classes", "data.test_filter", "finetune.task", "finetune.roll"),
-    *("finetune.mixup", "finetune.mixup_alpha", "finetune.balanced_sampling"),
+    *(
+        "data.label",
+        "data.classes",
+        "data.test_filter",
+        "data.val_filter",
+        "finetune.task",
+        "finetune.roll",
+    ),
+    *("finetune.mixup", "finetune.mixup_of", "finetune.mixup_alpha", "finetune.balanced_sampling"),
 )
 
 

@@ -76,7 +76,8 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
     stage, frozen = STAGES[name](config, given)
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     tx, schedule = make_optimizer(section, config.adamw)
-    checkpoints = Checkpoints(folder / "checkpoints", section.keep, section.keep_best)
+    num_best = section.average_best if finetuning else 1
+    checkpoints = Checkpoints(folder / "checkpoints", section.keep, section.keep_best, num_best)
     meta = start.describe(config, name, section, data.train_clips, earlier.lineage)
     init = start.state_maker(stage, tx, config.seed, data.clip_samples)
     like = start.abstract_state(init, mesh)
@@ -140,7 +141,7 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
                     record |= evaluate(eval_step, state, frozen, data.validation(), folder, step)
             if finetuning and last:
                 with clock.paused():
-                    weights = final_weights(state, checkpoints, like, record)
+                    weights = final_weights(state, checkpoints, like, record, num_best)
                     record |= results(weights, figures_of, data, section.keep_best, meta, folder)
             report.write(step, record)
             if chief and (evaluated or last):

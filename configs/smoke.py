@@ -32,7 +32,8 @@ def get_config() -> ConfigDict:
             clip_seconds=2.0, crop="random", token_ids="",
             mean=15.41663, std=6.55582,
             num_clips=512,
-            label="category", classes="", test_filter="fold=1",  # of fine-tuning alone
+            label="category", classes="",  # this and the next line: of fine-tuning alone
+            test_filter="fold=1", val_filter="", folds="",
         ),
         input=dict(backend="tf", frontend="auto", workers=1, prefetch=4),
         random_projection=dict(
@@ -60,11 +61,11 @@ def get_config() -> ConfigDict:
             steps=60, batch_size=16, micro_batches=1,
             lr=2e-3, warmup_steps=6, schedule="cosine",
             layer_decay=0.8, trained_layers=-1, ema_decay=0.95, head_dropout=0.1,
-            label_smoothing=0.1, roll=True, mixup=0.2, mixup_alpha=0.8,
+            label_smoothing=0.1, roll=True, mixup=0.2, mixup_alpha=0.8, mixup_of="waveform",
             spec_augment=dict(
                 time_masks=1, time_share=0.1, frequency_masks=1, frequency_share=0.1,
             ),
             save_every=20, log_every=10, eval_every=20,
-            keep=2, keep_best="val_accuracy",
+            keep=2, keep_best="val_accuracy", average_best=2,
         ),
     ))

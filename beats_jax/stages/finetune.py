@@ -236,6 +236,10 @@ def from_config(config: Any, labels: Labels) -> tuple[Stage, dict[str, Any]]:
         value = functools.reduce(getattr, field.split("."), section)
         if not low <= value <= high:
             raise ValueError(f"finetune.{field} is {value}; want {low:g} to {high:g}")
+    if section.mixup_of not in ("waveform", "log-mel"):
+        raise ValueError(
+            f'finetune.mixup_of "{section.mixup_of}" is unknown; use "waveform" or "log-mel"'
+        )
     model, num_classes = BEATs(**model_arguments(config)), len(labels.names)
     tokens = int(num_tokens(round(config.data.clip_seconds * SAMPLE_RATE)))
     stage = make(

@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
         task="single-label", class_weights=False, balanced_sampling=False,
         steps=80_000, batch_size=60, micro_batches=1,
         lr=3e-5, warmup_steps=8_000, schedule="cosine",
-        layer_decay=0.2, trained_layers=-1, ema_decay=0.999, head_dropout=0.1,
+        layer_decay=0.2, trained_layers=-1, visible=1.0, ema_decay=0.999, head_dropout=0.1,
         label_smoothing=0.1, roll=True, mixup=0.0, mixup_alpha=0.8, mixup_of="waveform",
         spec_augment=dict(time_masks=5, time_share=0.12, frequency_masks=0, frequency_share=0.0),
         save_every=1_000, log_every=100, eval_every=1_000,

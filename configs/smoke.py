@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
             task="single-label", class_weights=False, balanced_sampling=False,
             steps=60, batch_size=16, micro_batches=1,
             lr=2e-3, warmup_steps=6, schedule="cosine",
-            layer_decay=0.8, trained_layers=-1, ema_decay=0.95, head_dropout=0.1,
+            layer_decay=0.8, trained_layers=-1, visible=1.0, ema_decay=0.95, head_dropout=0.1,
             label_smoothing=0.1, roll=True, mixup=0.2, mixup_alpha=0.8, mixup_of="waveform",
             spec_augment=dict(
                 time_masks=1, time_share=0.1, frequency_masks=1, frequency_share=0.1,

@@ -30,7 +30,7 @@ from beats_jax.data.pipeline import Augment, eval_batches, train_batches
 from beats_jax.data.synthetic import synthetic_clips
 from beats_jax.fbank import MEAN, NUM_MELS, STD, fbank, patchify, unpatchify
 from beats_jax.labels import Labels, audioset, audioset_order, read_labels
-from beats_jax.models.beats import BEATs, depths
+from beats_jax.models.beats import BEATs, depths, token_padding_mask
 from beats_jax.scores import average_precisions
 from beats_jax.stages import batch_patches, finetune
 from beats_jax.stages import tokenizer as distillation
@@ -443,6 +443,30 @@ def test_padding_changes_nothing(built):
     metrics, outputs = eval_fn(state.params, {}, {}, empty)
     assert float(metrics["loss"].weight) == 1 and outputs["valid"].tolist()[1:] == [[False]] * 3
     assert float(metrics["loss"].total) == pytest.approx(float(outputs["nll"][0, 0]))
+
+
+def test_patchout_hides_patches_in_training_alone(built):
+    stage, data, state, _ = built
+    quarter = build(config_of(finetune__visible=0.25, finetune__head_dropout=0.0))[0]
+    batch = next(data.training(0))
+    for mine, wanted in zip(
+        jax.tree.leaves(quarter.eval_fn(state.params, {}, {}, batch)),
+        jax.tree.leaves(stage.eval_fn(state.params, {}, {}, batch)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(mine, wanted)
+
+    def logits_if(patches):
+        """The loss sum of a batch with these patches, and its gradient for them."""
+        made = {k: v for k, v in batch.items() if k != "waveform"} | {"patches": patches}
+        return quarter.loss_fn(state.params, {}, {}, made, jax.random.key(3))[0]
+
+    patches = batch_patches(batch, MEAN, STD)
+    reached = np.asarray(jnp.any(jax.grad(logits_if)(patches) != 0, axis=-1))
+    tokens = (~np.asarray(token_padding_mask(batch["num_samples"], patches.shape[1]))).sum(axis=1)
+    masked_too = reached.sum(axis=1)  # SpecAugment hides some of the visible ones
+    assert np.all(masked_too <= np.round(tokens / 4)) and masked_too.mean() > 0.15 * tokens.mean()
+    assert len({row.tobytes() for row in reached}) == len(reached)  # drawn for every example
 
 
 def test_micro_batches_add_up_to_the_big_batch():

@@ -116,6 +116,10 @@ class PositionalConv(nn.Module):
     as discrete Fourier transforms written as matrix products. That needs about a fifth of the
     arithmetic, and tokens that are absent from the grid (zeros) cost nothing: only the rows of the
     transforms that belong to present tokens are used.
+
+    Where K of L tokens are present the sum over them counts L / K times, as in (inverted) dropout:
+    its mean is that over the whole grid, which a model that trains on a part is used on. Without
+    this, features of whole clips are off (README, "Results").
     """
 
     kernel_size: int = 128
@@ -130,7 +134,8 @@ class PositionalConv(nn.Module):
 
         Args:
             x: [B, K, D].
-            positions: int32 [B, K], places of x in the grid; None = 0 ... K-1.
+            positions: int32 [B, K], places of x in the grid; None = 0 ... K-1. Then x is scaled by
+                L / K, whatever rows are empty: each clip keeps the same share (`masking`).
             length: tokens in the grid; None = K.
 
         Returns:
@@ -162,6 +167,7 @@ class PositionalConv(nn.Module):
             to_waves, from_waves = "pcf,bpd->bcfd", "pcf,bcfd->bpd"
         else:
             waves = waves[positions]  # [B, K, 2, F]
+            x = x * (length / rows)
             to_waves, from_waves = "bpcf,bpd->bcfd", "bpcf,bcfd->bpd"
         spectrum = jnp.einsum(to_waves, waves, x.astype(jnp.float32))
         spectrum = spectrum.reshape(batch, 2, -1, self.groups, size)

@@ -44,9 +44,9 @@ def get_config() -> ConfigDict:
         ),
         tokenizer=dict(
             path="",
-            steps=800, batch_size=16, micro_batches=1,
+            steps=600, batch_size=16, micro_batches=1,
             lr=7e-4, warmup_steps=100, schedule="linear",
-            codebook_size=1024, codebook_dim=256, estimator_layers=3, commitment=0.04,
+            codebook_size=1024, codebook_dim=256, estimator_layers=2, commitment=0.04,
             ema_decay=0.99, revive_below=0.0, collapse_share=0.02, collapse_steps=200,
             calibration_batches=25, save_every=100, log_every=25, eval_every=100,
             keep=2, keep_best="",
@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
         pretrain=dict(
             steps=1000, batch_size=32, micro_batches=1,
             lr=7e-4, warmup_steps=150, schedule="linear",
-            visible=0.25, positions="true", mask_token="learned", predictor_layers=3,
+            visible=0.25, positions="true", mask_token="learned", predictor_layers=1,
             label_smoothing=0.0,
             calibration_batches=20, save_every=100, log_every=25, eval_every=100,
             keep=2, keep_best="",

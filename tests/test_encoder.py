@@ -97,9 +97,9 @@ def test_positional_conv_on_a_grid_with_holes():
     rows = gather_rows(noise(3, 96, 16), visible)
     params = jax.jit(conv.init)(jax.random.key(0), rows)
     apply = jax.jit(conv.apply, static_argnums=3)
-    scaled = rows * (96 / rows.shape[1])  # as many as there would be without holes
-    want = gather_rows(apply(params, scatter_rows(scaled, visible, 96)), visible)
-    got = apply(params, rows, visible.index, 96)
+    want = gather_rows(apply(params, scatter_rows(rows, visible, 96)), visible)
+    share = rows.shape[1] / 96  # each row counts 1 / share times where there are holes
+    got = apply(params, rows * share, visible.index, 96)
     valid = np.asarray(visible.valid)
     np.testing.assert_allclose(got[valid], want[valid], rtol=0, atol=1e-6)
     closed_up = apply(params, rows)

@@ -128,8 +128,8 @@ def test_bad_labels_are_one_clear_line(cells, task, classes, message):
         ({"data__test_filter": "fold!=9"}, "all 84 clips pass data.test_filter"),
         ({"data__crop": "grid"}, "whole clips"),
         ({"data__clip_seconds": 0.1}, "holds no token"),
-        ({"data__val_filter": "fold=1"}, "holds out 0 of 68 clips that are not tested"),
-        ({"data__val_filter": "fold!=1"}, "holds out 68 of 68 clips that are not tested"),
+        ({"data__val_filter": "fold=1"}, "holds out 0 of 56 clips that are not tested"),
+        ({"data__val_filter": "fold!=1"}, "holds out 56 of 56 clips that are not tested"),
         ({"data__classes": "rain,wind"}, "labels in column 'category' are none of the 2 classes"),
     ],
 )

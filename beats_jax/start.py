@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import platform
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +23,7 @@ from beats_jax.checkpoint import Checkpoints, TrainState
 from beats_jax.data.sources import Clips
 from beats_jax.data.token_store import open_store
 from beats_jax.pretrained import load_model
+from beats_jax.results import git_commit
 from beats_jax.stages import Pretrained, Stage, compute_dtype
 from beats_jax.stages.finetune import extend_head
 
@@ -288,10 +287,6 @@ def describe(
 
     Of fine-tuning also its classes, in the order of the logits, and its task.
     """
-    root = Path(__file__).parents[1]
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    in_clone = (root / ".git").exists() and shutil.which("git")
-    git = in_clone and subprocess.run(command, capture_output=True, text=True)
     classes = {"labels": clips.labels.names, "task": section.task} if clips.labels else {}
     return {
         "iteration": config.iteration,
@@ -307,5 +302,5 @@ def describe(
             **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
             "python": platform.python_version(),
         },
-        "git_commit": git.stdout.strip() if git else "",
+        "git_commit": git_commit() or "",
     }

@@ -11,8 +11,8 @@ Not verified here: that takes IEMOCAP, official weights and an accelerator.
 Cost (estimate): five sessions × 10k steps × 64 clips × 285 GFLOP = 9.1e17 FLOP, 48 minutes of one
 H200 at 40 % of its measured bf16 rate.
 The paper's fine-tuning values for this set are not known, and no recipe has them: steps, batch,
-rate, warm-up, layer decay and augmentation here are our guesses; the mean and std are said to be the
-paper's. Nobody has verified any of them; `beats-jax stats` measures the last two.
+rate, warm-up, layer decay and augmentation here are our guesses; the mean and std are said to be
+the paper's. Nobody has verified any of them; `beats-jax stats` measures the last two.
 """
 
 import runpy

@@ -37,6 +37,8 @@ def get_config() -> ConfigDict:
             clip_seconds=4.0, crop="random", token_ids="",
             mean=8.42069, std=9.83390,
             num_clips=512,  # of synthetic sounds
+            # Of fine-tuning alone: one run for each value of the column `folds`.
+            label="category", classes="", test_filter="", val_filter="", folds="fold",
         ),
         input=dict(backend="tf", frontend="auto", workers=1, prefetch=4),
         random_projection=dict(
@@ -58,5 +60,17 @@ def get_config() -> ConfigDict:
             label_smoothing=0.0,
             calibration_batches=20, save_every=100, log_every=25, eval_every=100,
             keep=2, keep_best="",
+        ),
+        finetune=dict(
+            task="single-label", class_weights=False, balanced_sampling=False,
+            steps=400, batch_size=32, micro_batches=1,
+            lr=1e-3, warmup_steps=40, schedule="cosine",
+            layer_decay=0.8, trained_layers=-1, visible=0.25, ema_decay=0.98, head_dropout=0.1,
+            label_smoothing=0.1, roll=True, mixup=0.0, mixup_alpha=0.8, mixup_of="waveform",
+            spec_augment=dict(
+                time_masks=2, time_share=0.12, frequency_masks=2, frequency_share=0.1,
+            ),
+            save_every=100, log_every=50, eval_every=100,
+            keep=1, keep_best="val_accuracy", average_best=3,
         ),
     ))

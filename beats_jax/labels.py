@@ -135,7 +135,7 @@ def read_labels(
 
 
 def split_cells(cells: Sequence[str], classes: Collection[str] = ()) -> list[list[str]]:
-    """Each multi-label cell's labels; one that is a class as it stands, with commas, stays whole."""
+    """Each multi-label cell's labels; a cell that is a class as it stands stays whole."""
     separator = next((s for s in SEPARATORS if any(s in cell for cell in cells)), SEPARATORS[0])
     parts = ([cell] if cell in classes else cell.split(separator) for cell in cells)
     return [sorted({part.strip() for part in found if part.strip()}) for found in parts]

@@ -89,7 +89,7 @@ def run(command: list[str], devices: int = 1, **kwargs) -> subprocess.CompletedP
     """Runs to the end, with the output captured."""
     return subprocess.run(
         command, env=environment(devices), cwd=ROOT, capture_output=True, text=True,
-        stdin=subprocess.DEVNULL, timeout=300, **kwargs,
+        stdin=subprocess.DEVNULL, timeout=600, **kwargs,
     )  # fmt: skip
 
 

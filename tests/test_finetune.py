@@ -22,7 +22,7 @@ from runs import (
 )
 
 import beats_jax
-from beats_jax import augment, losses, optim, pretrained, selection, sharding, start, train
+from beats_jax import augment, cli, losses, optim, pretrained, selection, sharding, start, train
 from beats_jax.checkpoint import load_params
 from beats_jax.data import order
 from beats_jax.data.dataset import Data, open_labelled
@@ -641,6 +641,26 @@ def test_a_killed_run_ends_bit_equal(workdir, tmp_path):
     assert without_timing(folder) == without_timing(theirs)
     mine, wanted = (json.loads((where / "results.json").read_text()) for where in (folder, theirs))
     assert mine | {"git_commit": ""} == wanted | {"git_commit": ""}
+
+
+def test_many_labels_a_clip_from_training_to_an_exported_model(tmp_path):
+    config = config_of(
+        finetune__task="multi-label", data__label="events", init_from="scratch",
+        finetune__steps=2, finetune__balanced_sampling=True, finetune__class_weights=True,
+        finetune__mixup_of="log-mel", finetune__mixup=0.8, finetune__keep_best="val_mAP",
+    )  # fmt: skip
+    train.run_stage(config, "iter1/finetune", tmp_path)
+    folder = tmp_path / "iter1" / "finetune"
+    record = json.loads((folder / "results.json").read_text())
+    assert record["chosen_by"] == "val_mAP" and record["task"] == "multi-label"
+    assert 0 < record["weights"]["last"]["test"]["mAP"] == without_timing(folder)[-1]["test_mAP"]
+    assert cli.main(["convert", str(folder), str(tmp_path / "model")]) == 0
+    model, exported = beats_jax.load(folder), beats_jax.load(tmp_path / "model")
+    assert (exported.task, exported.labels) == (model.task, model.labels)
+    waveform = np.sin(np.arange(16000) / 20, dtype=np.float32)
+    logits, probs = exported.classify(waveform)
+    np.testing.assert_array_equal(logits, model.classify(waveform)[0])
+    np.testing.assert_allclose(probs, 1 / (1 + np.exp(-logits.astype(np.float64))), rtol=1e-5)
 
 
 def test_another_test_fold_under_a_run_is_refused(workdir):

@@ -63,8 +63,8 @@ def get_config() -> ConfigDict:
         ),
         finetune=dict(
             task="single-label", class_weights=False, balanced_sampling=False,
-            steps=400, batch_size=32, micro_batches=1,
-            lr=1e-3, warmup_steps=40, schedule="cosine",
+            steps=300, batch_size=16, micro_batches=1,
+            lr=1e-3, warmup_steps=30, schedule="cosine",
             layer_decay=0.8, trained_layers=-1, visible=0.25, ema_decay=0.98, head_dropout=0.1,
             label_smoothing=0.1, roll=True, mixup=0.0, mixup_alpha=0.8, mixup_of="waveform",
             spec_augment=dict(

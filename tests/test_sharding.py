@@ -1,7 +1,6 @@
 """Design section 6: what must hold when the same run lies on another mesh or on more processes."""
 
 import functools
-import socket
 import subprocess
 
 import jax
@@ -14,6 +13,7 @@ from runs import (
     assert_gradients_close,
     assert_trees_equal,
     environment,
+    free_port,
     run,
     tiny_config,
     tiny_flags,
@@ -160,9 +160,7 @@ def test_two_processes_train_as_one(tmp_path):
     changes: dict = dict(stages=stages, teacher=FIXTURES / "dev_encoder.pt")
     done = run(tiny_flags(tmp_path / "one", **changes), devices=2)
     assert done.returncode == 0, done.stderr
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [*tiny_flags(tmp_path / "two", **changes), f"--coordinator=127.0.0.1:{port}",

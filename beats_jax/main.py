@@ -41,7 +41,10 @@ def main(_: list[str]) -> None:
     if config is None or not _WORKDIR.value:
         raise ValueError(f"--config=FILE and --workdir=FOLDER are both needed, as in: {EXAMPLE}")
     if "://" in _WORKDIR.value:
-        raise ValueError(f"--workdir={_WORKDIR.value}: give a local or mounted folder")
+        raise ValueError(
+            f"--workdir={_WORKDIR.value}: give a folder, local or mounted (gcsfuse, s3fs): logs "
+            "grow line by line, which an object store cannot do"
+        )
     if config.deterministic:  # before JAX makes its backend
         os.environ["XLA_FLAGS"] = (
             os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"

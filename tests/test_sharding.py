@@ -122,15 +122,22 @@ def test_parameters_lie_as_the_table_says():
     assert moments["fc1"]["kernel"].sharding.spec == P("fsdp", "tensor")
 
 
-def test_a_checkpoint_is_restored_onto_another_mesh_bit_equal(tmp_path):
-    *_, one, _ = build(sharded_config(), 1)
-    *_, many, _ = build(sharded_config(data=2, fsdp=2, tensor=2), 8)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), many)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(one, {})
-        restored = checkpoints.restore(0, like)
-    assert_trees_equal(jax.device_get(restored), jax.device_get(one))
-    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, many)
+def test_a_checkpoint_goes_from_mesh_to_mesh_bit_equal(tmp_path):
+    """1, 2, 4, 8 devices and back, saved on each and restored onto the next."""
+    *_, state, _ = build(sharded_config(), 1)
+    wanted = jax.device_get(state)
+    for data, fsdp, tensor in ((2, 1, 1), (1, 4, 1), (2, 2, 2), (2, 1, 2), (1, 2, 1), (1, 1, 1)):
+        devices = jax.devices()[: data * fsdp * tensor]
+        mesh = sharding.make_mesh(data, fsdp, tensor, devices=devices)
+        where = sharding.tree_shardings(state, mesh)
+        like = jax.tree.map(
+            lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), state, where
+        )
+        with Checkpoints(tmp_path / f"{data}{fsdp}{tensor}") as checkpoints:
+            checkpoints.save(state, {})
+            state = checkpoints.restore(0, like)
+        assert_trees_equal(jax.device_get(state), wanted)
+        assert jax.tree.map(lambda x: x.sharding, state) == where
 
 
 def test_wrong_sizes_say_what_to_set():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
+
+from beats_jax.damage import damage, set_aside
+from beats_jax.hosts import lost_peer
+
+log = logging.getLogger("beats_jax")
 
 ITEMS = ("params", "opt_state", "model_state")
 
@@ -82,6 +89,46 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """The newest finished checkpoint's step, None where there is none."""
         return self._manager.latest_step()
+
+    def newest_intact(self, like: TrainState) -> int | None:
+        """The newest step whose files can all be read, None where there is no checkpoint.
+
+        Process 0 reads every array once to know. Newer checkpoints that are damaged (a file cut or
+        deleted) are moved beside `checkpoints/`, and a line says so.
+
+        Args:
+          like: a state that has the items to be restored.
+
+        Raises:
+          ValueError: there are checkpoints and all are damaged: none is moved.
+        """
+        steps, damaged, intact = sorted(self._manager.all_steps(), reverse=True), {}, -1
+        if not steps:
+            return None
+        if jax.process_index() == 0:
+            for step in steps:
+                reason = damage(self.folder / str(step), _filled(like))
+                if reason is None:
+                    intact = step
+                    break
+                damaged[step] = reason
+        # All or none: a process that raised alone would leave the others waiting.
+        intact = int(multihost_utils.broadcast_one_to_all(np.int32(intact)))
+        if intact < 0:
+            raise ValueError(
+                f"no checkpoint in {self.folder} can be read ("
+                + "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+                + "); mend it, or start anew with another --workdir"
+            )
+        for step, reason in damaged.items():
+            place = set_aside(self.folder / str(step))
+            log.warning(
+                "checkpoint %s/%d is damaged (%s): put aside as %s, going on from step %d",
+                *(self.folder, step, reason, place, intact),
+            )
+        multihost_utils.sync_global_devices("damaged checkpoints put aside")
+        self._manager.reload()
+        return intact
 
     def best(self, step: int, figures: Mapping[str, float], num_best: int = 1) -> list[int]:
         """The best steps by `keep_best`, best first, the newest of equally good ones.
@@ -165,9 +212,11 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind, error, _) -> None:
         # Whatever ended the run, the save in flight is finished; its own failure is told only if
-        # there is nothing else to tell.
+        # there is nothing else to tell. With a process lost no save can be finished.
+        if lost_peer(error):
+            return
         with contextlib.suppress(*[OSError] if kind else []):
             self.close()
 
@@ -182,7 +231,7 @@ class _explained:
         pass
 
     def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not lost_peer(error):
             reason = str(error).strip().splitlines() or [kind.__name__]
             raise OSError(
                 f"{self._what} could not be written: {reason[0][:300]}; older checkpoints are "

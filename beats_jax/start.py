@@ -160,18 +160,18 @@ def starting_state(
 ) -> tuple[TrainState, bool]:
     """Where the weights come from, decided here and nowhere else.
 
-    In this order: the newest checkpoint of the own workdir; `config.resume`, a stage folder (or
-    `…@STEP`) whose whole state is taken over, also onto other data; `start`, the model of
-    `config.init_from`, whose weights start a new run; scratch.
+    In this order: the newest checkpoint of the own workdir that is intact; `config.resume`, a stage
+    folder (or `…@STEP`) whose whole state is taken over, also onto other data; `start`, the model
+    of `config.init_from`, whose weights start a new run; scratch.
 
     Returns:
       The state, and whether it was restored (so that nothing is calibrated or logged anew).
 
     Raises:
       ValueError: the checkpoint was made with another seed, batch size or dataset, with another
-        teacher, tokenizer or front end.
+        teacher, tokenizer or front end; or none of those that are there can be read.
     """
-    step = checkpoints.latest_step()
+    step = checkpoints.newest_intact(like)
     if step is not None:
         keys = ("seed", "batch_size", "dataset_fingerprint")
         _check_same_run(checkpoints, step, meta, keys)

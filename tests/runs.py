@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from beats_jax.writers import read_metrics
 
@@ -141,6 +143,25 @@ def stop_after(command: list[str], metrics: Path, step: int, with_signal: signal
     _, stderr = process.communicate(timeout=60)
     assert process.returncode is not None, stderr
     return process.returncode
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on, for process 0 of a run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def final_state(workdir: Path, stage: str = "iter1/pretrain", step: int = 8) -> dict[str, Any]:
+    """Every array of a checkpoint, by item."""
+    folder = workdir / stage / "checkpoints" / str(step)
+    with ocp.PyTreeCheckpointer() as reader:
+        state = {}
+        for item in ("params", "opt_state", "model_state"):
+            tree = reader.metadata(folder / item).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            state[item] = reader.restore(folder / item, restore_args=as_numpy)
+        return state
 
 
 def without_timing(folder: Path) -> list[dict[str, float]]:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import socket
 import subprocess
 
 import jax
@@ -15,6 +14,7 @@ from runs import (
     assert_gradients_close,
     assert_trees_equal,
     environment,
+    free_port,
     run,
     tiny_config,
     tiny_flags,
@@ -123,15 +123,22 @@ def test_parameters_lie_as_the_table_says():
     assert moments["fc1"]["kernel"].sharding.spec == P("fsdp", "tensor")
 
 
-def test_a_checkpoint_is_restored_onto_another_mesh_bit_equal(tmp_path):
-    *_, one, _ = build(sharded_config(), 1)
-    *_, many, _ = build(sharded_config(data=2, fsdp=2, tensor=2), 8)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), many)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(one, {})
-        restored = checkpoints.restore(0, like)
-    assert_trees_equal(jax.device_get(restored), jax.device_get(one))
-    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, many)
+def test_a_checkpoint_goes_from_mesh_to_mesh_bit_equal(tmp_path):
+    """1, 2, 4, 8 devices and back, saved on each and restored onto the next."""
+    *_, state, _ = build(sharded_config(), 1)
+    wanted = jax.device_get(state)
+    for data, fsdp, tensor in ((2, 1, 1), (1, 4, 1), (2, 2, 2), (2, 1, 2), (1, 2, 1), (1, 1, 1)):
+        devices = jax.devices()[: data * fsdp * tensor]
+        mesh = sharding.make_mesh(data, fsdp, tensor, devices=devices)
+        where = sharding.tree_shardings(state, mesh)
+        like = jax.tree.map(
+            lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), state, where
+        )
+        with Checkpoints(tmp_path / f"{data}{fsdp}{tensor}") as checkpoints:
+            checkpoints.save(state, {})
+            state = checkpoints.restore(0, like)
+        assert_trees_equal(jax.device_get(state), wanted)
+        assert jax.tree.map(lambda x: x.sharding, state) == where
 
 
 def test_wrong_sizes_say_what_to_set():
@@ -163,9 +170,7 @@ def test_two_processes_train_as_one(tmp_path):
     changes |= dict(finetune__eval_every=2, finetune__warmup_steps=1, finetune__visible=0.5)
     done = run(tiny_flags(tmp_path / "one", **changes), devices=2)
     assert done.returncode == 0, done.stderr
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [*tiny_flags(tmp_path / "two", **changes), f"--coordinator=127.0.0.1:{port}",

@@ -496,7 +496,7 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--tokens", default="random", help="pretrain's: random, distilled, stored")
     help = "of the pipeline: tf, log-mel on the host; numpy, in the step (tf)"
     parser.add_argument("--backend", choices=("tf", "numpy"), default="tf", help=help)
-    help = "avex, openbeats, speechbrain, or a folder with the official code"
+    help = "avex, speechbrain, or a folder with the official code"
     parser.add_argument("--against", metavar="PEER", default="", help=help)
     parser.add_argument("--json", metavar="OUT", help="file to write")
     parser.add_argument("--profile", metavar="FOLDER", default="", help="write a trace there")

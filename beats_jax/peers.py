@@ -21,7 +21,7 @@ from beats_jax.convert import to_official
 from beats_jax.roofline import cores
 from beats_jax.stages import Pretrained
 
-NAMES = ("avex", "openbeats", "speechbrain")
+NAMES = ("avex", "speechbrain")
 
 
 class Peer(NamedTuple):
@@ -63,7 +63,7 @@ def load_peer(name: str, model: Pretrained, dtype: str = "float32", device: str 
     torch.set_num_threads(cores())
     checkpoint, _ = to_official(model)
     state = {key: torch.from_numpy(np.array(value)) for key, value in checkpoint["model"].items()}
-    make = {"avex": _avex, "openbeats": _openbeats, "speechbrain": _speechbrain}.get(name)
+    make = {"avex": _avex, "speechbrain": _speechbrain}.get(name)
     made = make(checkpoint["cfg"], state) if make else _official(name, checkpoint["cfg"])
     net, encode, label = made
     missing, unexpected = net.load_state_dict(state, strict=False)
@@ -100,7 +100,7 @@ def _import(peer: str, module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        packages = {"openbeats": "espnet"}.get(peer, peer if peer in NAMES else "")
+        packages = peer if peer in NAMES else ""
         raise ValueError(
             f"--against {peer} needs packages that are not installed ({error}): "
             f"pip install torch torchaudio {packages}".rstrip()
@@ -112,14 +112,6 @@ def _avex(cfg: dict[str, Any], state: dict[str, Any]) -> Made:
     module = _import("avex", "avex.models.beats.beats")
     net = module.BEATs(module.BEATsConfig(**cfg))
     return net, lambda x: net.extract_features(x, feature_only=True)[0], f"avex {version('avex')}"
-
-
-def _openbeats(cfg: dict[str, Any], state: dict[str, Any]) -> Made:
-    """ESPnet's encoder, which OpenBEATs was trained with."""
-    del state
-    module = _import("openbeats", "espnet2.asr.encoder.beats_encoder")
-    net = module.BeatsEncoder(input_size=1, beats_config=cfg)
-    return net, lambda x: net.extract_features(x)[0], f"espnet {version('espnet')}"
 
 
 def _speechbrain(cfg: dict[str, Any], state: dict[str, Any]) -> Made:

@@ -128,7 +128,8 @@ def attend_in_parts(
 ) -> jax.Array:
     """`attend` for a CPU: clip by clip and a few heads at a time, whose scores stay in its cache.
 
-    Base size, a clip of 10 s, one core: 0.012 CPU-seconds a layer, where `attend` takes 0.028.
+    Base size, a clip of 10 s, one core: 0.018 CPU-seconds a layer, where `attend` takes 0.026; with
+    its layout, heads after tokens, parts gain nothing.
     """
     batch, length, heads, _ = q.shape
     if not isinstance(batch, int) or not isinstance(length, int):  # an export for any batch size
@@ -138,29 +139,33 @@ def attend_in_parts(
         return attend(q, k, v, gate, bias, padding_mask)
     size = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= wanted)
 
-    def parts(x: jax.Array, axis: int) -> jax.Array:
-        """[b, …, H, …] -> [b, H / size, 1, …, size, …]: clips and groups of heads come first."""
-        shape = (*x.shape[:axis], heads // size, size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis, 1)[:, :, None]
+    def by_group(x: jax.Array) -> jax.Array:
+        """[b, H, …] -> [b, H / size, size, …]."""
+        return x.reshape(len(x), heads // size, size, *x.shape[2:])
 
-    clip = {"q": parts(q, 2), "k": parts(k, 2), "v": parts(v, 2)}
+    clips = {name: by_group(jnp.swapaxes(x, 1, 2)) for name, x in {"q": q, "k": k, "v": v}.items()}
     if gate is not None:
-        clip["gate"] = parts(gate, 1)
-    if padding_mask is not None:
-        clip["padding_mask"] = padding_mask[:, None]
-    shared = None if bias is None else parts(bias, 1)
-    if shared is not None and len(shared) == batch > 1:
-        clip["bias"] = shared
+        clips["gate"] = by_group(gate)
+    shared = {}
+    if bias is not None:
+        (clips if len(bias) == batch else shared)["bias"] = by_group(bias)
 
-    def of_clip(clip: dict[str, jax.Array]) -> jax.Array:
-        mask = clip.pop("padding_mask", None)
-        groups = clip if shared is None else {"bias": shared[0], **clip}
-        return jax.lax.map(
-            lambda x: attend(x["q"], x["k"], x["v"], x.get("gate"), x.get("bias"), mask)[0], groups
-        )
+    def of_group(x: dict[str, jax.Array], mask: jax.Array | None) -> jax.Array:
+        """What `attend` does, of one clip's few heads: q, k, v [size, K, d] and so on."""
+        scores = jnp.einsum("hqd,hkd->hqk", x["q"], x["k"], preferred_element_type=jnp.float32)
+        if bias is not None:
+            scores += x["bias"] if gate is None else x["gate"][..., None] * x["bias"]
+        if mask is not None:
+            scores = jnp.where(mask[None, None], MASKED_SCORE, scores)
+        return jnp.einsum("hqk,hkd->hqd", jax.nn.softmax(scores, axis=-1).astype(q.dtype), x["v"])
 
-    out = jax.lax.map(of_clip, clip)  # [B, H / size, K, size, d]
-    return jnp.moveaxis(out, 1, 2).reshape(q.shape)
+    def of_clip(x: tuple[dict[str, jax.Array], jax.Array | None]) -> jax.Array:
+        groups, mask = x
+        own = {name: value[0] for name, value in shared.items()}
+        return jax.lax.map(lambda group: of_group(group, mask), {**groups, **own})
+
+    out = jax.lax.map(of_clip, (clips, padding_mask))  # [B, H / size, size, K, d]
+    return jnp.swapaxes(out.reshape(batch, heads, length, -1), 1, 2)
 
 
 def linear_init(gain: float | None) -> nn.initializers.Initializer:

@@ -123,8 +123,9 @@ class PositionalConv(nn.Module):
     its mean is that over the whole grid, which a model that trains on a part is used on. Without
     this, features of whole clips are off (README, "Results").
 
-    The kernel's own transform takes as long as two clips' (base, one core: 0.18 CPU-seconds), so a
-    CPU convolves one or two clips directly (0.08 each) where no gradient follows.
+    The kernel's own transform costs most of it for a single clip (base, 10 s, one core: 0.21
+    CPU-seconds, directly 0.11), so a CPU convolves one or two clips directly where no gradient
+    follows.
     """
 
     kernel_size: int = 128
@@ -163,53 +164,60 @@ class PositionalConv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (dim,))
         kernel = v * (g / norm)[:, None, None]  # [taps, D / groups, D]
 
-        def as_waves(x, kernel):
-            return self._as_waves(x, kernel, positions, length)
-
         x = x.astype(jnp.float32)
+        if positions is not None:
+            x *= length / rows
+        by_waves = functools.partial(
+            convolve_by_waves, groups=self.groups, positions=positions, length=length
+        )
         few = isinstance(x.shape[0], int) and x.shape[0] <= DIRECT_BATCH
         if forward_only and few and positions is None:
-            out = jax.lax.platform_dependent(x, kernel, cpu=self._directly, default=as_waves)
+            directly = functools.partial(convolve_directly, groups=self.groups)
+            out = jax.lax.platform_dependent(x, kernel, cpu=directly, default=by_waves)
         else:
-            out = as_waves(x, kernel)
+            out = by_waves(x, kernel)
         return nn.gelu((out + bias[None, None]).astype(self.dtype), approximate=False)
 
-    def _directly(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """x [B, L, D], kernel [taps, D / groups, D] -> [B, L, D]."""
-        before = self.kernel_size // 2
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(1,),
-            padding=[(before, self.kernel_size - 1 - before)],
-            dimension_numbers=("NWC", "WIO", "NWC"),
-            feature_group_count=self.groups,
-            precision="highest",
-        )
 
-    def _as_waves(
-        self, x: jax.Array, kernel: jax.Array, positions: jax.Array | None, length: int
-    ) -> jax.Array:
-        """The same by Fourier transforms, of the grid that `__call__` describes."""
-        batch, rows, dim = x.shape
-        size = dim // self.groups
-        # Half a kernel beside the grid keeps the circular convolution from wrapping around.
-        period = 2 * math.ceil((length + self.kernel_size // 2) / 2)
-        share = np.full((period // 2 + 1,), 2 / period, np.float32)  # of the inverse transform
-        share[[0, -1]] = 1 / period
-        taps = _waves(self.kernel_size, period, self.kernel_size // 2) * share
-        real, imag = jnp.einsum("kcf,kio->cfio", taps, kernel)
-        mix = jnp.array([[real, -imag], [imag, real]])  # [2 in, 2 out, F, D / groups, D]
-        mix = mix.reshape(*mix.shape[:4], self.groups, size)  # i: inputs of a group, go: outputs
+# Functions, not methods: Flax may capture what a method returns, here from inside a transform.
 
-        waves = jnp.asarray(_waves(length, period))  # [length, 2, F]
-        if positions is None:
-            to_waves, from_waves = "pcf,bpd->bcfd", "pcf,bcfd->bpd"
-        else:
-            waves = waves[positions]  # [B, K, 2, F]
-            x = x * (length / rows)
-            to_waves, from_waves = "bpcf,bpd->bcfd", "bpcf,bcfd->bpd"
-        spectrum = jnp.einsum(to_waves, waves, x)
-        spectrum = spectrum.reshape(batch, 2, -1, self.groups, size)
-        spectrum = jnp.einsum("bcfgi,cefigo->befgo", spectrum, mix)
-        return jnp.einsum(from_waves, waves, spectrum.reshape(batch, 2, -1, dim))
+
+def convolve_directly(x: jax.Array, kernel: jax.Array, groups: int) -> jax.Array:
+    """x [B, L, D], kernel [taps, D / groups, D] -> [B, L, D], as `PositionalConv` says."""
+    before = len(kernel) // 2
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(1,),
+        padding=[(before, len(kernel) - 1 - before)],
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=groups,
+        precision="highest",
+    )
+
+
+def convolve_by_waves(
+    x: jax.Array, kernel: jax.Array, groups: int, positions: jax.Array | None, length: int
+) -> jax.Array:
+    """The same by Fourier transforms, of x [B, K, D] at its positions in a grid of `length`."""
+    batch, _, dim = x.shape
+    size, num_taps = dim // groups, len(kernel)
+    # Half a kernel beside the grid keeps the circular convolution from wrapping around.
+    period = 2 * math.ceil((length + num_taps // 2) / 2)
+    share = np.full((period // 2 + 1,), 2 / period, np.float32)  # of the inverse transform
+    share[[0, -1]] = 1 / period
+    taps = _waves(num_taps, period, num_taps // 2) * share
+    real, imag = jnp.einsum("kcf,kio->cfio", taps, kernel)
+    mix = jnp.array([[real, -imag], [imag, real]])  # [2 in, 2 out, F, D / groups, D]
+    mix = mix.reshape(*mix.shape[:4], groups, size)  # i: inputs of a group, go: outputs
+
+    waves = jnp.asarray(_waves(length, period))  # [length, 2, F]
+    if positions is None:
+        to_waves, from_waves = "pcf,bpd->bcfd", "pcf,bcfd->bpd"
+    else:
+        waves = waves[positions]  # [B, K, 2, F]
+        to_waves, from_waves = "bpcf,bpd->bcfd", "bpcf,bcfd->bpd"
+    spectrum = jnp.einsum(to_waves, waves, x)
+    spectrum = spectrum.reshape(batch, 2, -1, groups, size)
+    spectrum = jnp.einsum("bcfgi,cefigo->befgo", spectrum, mix)
+    return jnp.einsum(from_waves, waves, spectrum.reshape(batch, 2, -1, dim))

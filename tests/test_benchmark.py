@@ -112,7 +112,7 @@ def test_command_writes_json_table_and_trace(tmp_path, capsys):
         ("--mesh data=3,fsdp=-1", "does not fit 8 devices"),
         ("--mesh data=4 --batch-size 6", "use --batch-size 4"),
         ("--what pretrain --against avex", "--against goes with --what encode or fbank"),
-        ("--size tiny --against nobody", "--against nobody: want avex, openbeats, speechbrain"),
+        ("--size tiny --against nobody", "--against nobody: want avex, speechbrain"),
     ],
 )
 def test_bad_input_is_one_line(words, line, capsys):

@@ -7,11 +7,12 @@ imports JAX: reading data does not wait for it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from beats_jax.fbank import NUM_MELS, num_frames, patchify, unpatchify
+from beats_jax.fbank import NUM_MELS, fbank, num_frames, patchify, unpatchify
 
 if TYPE_CHECKING:
     import jax
@@ -40,6 +41,27 @@ def mixup(waveform: np.ndarray, partner: np.ndarray, weight: float) -> np.ndarra
     mixture[: len(waveform)] += weight * waveform
     mixture[: len(partner)] += (1 - weight) * partner
     return np.rint(mixture).astype(np.int16)
+
+
+def log_mel_patches(batch: Mapping[str, Any], mean: float, std: float) -> Any:
+    """A batch's log-mel patches, mixed with its partners' where it has them.
+
+    A mixture of log-mels, unlike one of waveforms, is no sound that could be recorded; mixup (Zhang
+    et al., ICLR 2018) takes the model's inputs, which log-mels are.
+
+    Args:
+      batch: `waveform` [B, T]; with `partner` [B, T] and `share` [B] the mixture is
+        share · own + (1 - share) · partner's. Arrays of NumPy, TensorFlow or JAX.
+      mean, std: the log-mel's normalisation.
+
+    Returns:
+      float32 [B, L, 256], in the same library.
+    """
+    patches = patchify(fbank(batch["waveform"], mean=mean, std=std))
+    if "partner" not in batch:
+        return patches
+    share = batch["share"][:, None, None]
+    return share * patches + (1 - share) * patchify(fbank(batch["partner"], mean=mean, std=std))
 
 
 def spec_augment(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
+
+from beats_jax.damage import damage, set_aside
+from beats_jax.hosts import lost_peer
+
+log = logging.getLogger("beats_jax")
 
 ITEMS = ("params", "opt_state", "model_state")
 
@@ -44,13 +51,19 @@ class Checkpoints:
     Args:
       folder: where the steps' folders lie; made if missing.
       keep: how many of the newest to keep.
-      keep_best: a held-out figure, such as "val_loss": its best checkpoint is kept too ("" = none;
-        the lowest where the name ends in "loss", else the highest).
+      keep_best: a held-out figure, such as "val_loss": its best checkpoints are kept too ("" =
+        none; the lowest where the name ends in "loss", else the highest).
+      num_best: how many of them.
       read_only: somebody else's checkpoints: nothing is made or cleaned up.
     """
 
     def __init__(
-        self, folder: str | Path, keep: int = 2, keep_best: str = "", read_only: bool = False
+        self,
+        folder: str | Path,
+        keep: int = 2,
+        keep_best: str = "",
+        num_best: int = 1,
+        read_only: bool = False,
     ):
         self._keep_best = keep_best
         policies: list[managers.PreservationPolicy] = [managers.LatestN(keep)]
@@ -58,7 +71,7 @@ class Checkpoints:
             sign = -1 if keep_best.endswith("loss") else 1
             best = managers.BestN(
                 get_metric_fn=lambda metrics: sign * metrics[keep_best],
-                n=1,
+                n=num_best,
                 keep_checkpoints_without_metrics=False,
             )
             policies.append(best)
@@ -77,20 +90,61 @@ class Checkpoints:
         """The newest finished checkpoint's step, None where there is none."""
         return self._manager.latest_step()
 
-    def best(self, step: int, figures: Mapping[str, float]) -> int:
-        """The best step by `keep_best`, the newest of equally good ones.
+    def newest_intact(self, like: TrainState) -> int | None:
+        """The newest step whose files can all be read, None where there is no checkpoint.
+
+        Process 0 reads every array once to know. Newer checkpoints that are damaged (a file cut or
+        deleted) are moved beside `checkpoints/`, and a line says so.
+
+        Args:
+          like: a state that has the items to be restored.
+
+        Raises:
+          ValueError: there are checkpoints and all are damaged: none is moved.
+        """
+        steps, damaged, intact = sorted(self._manager.all_steps(), reverse=True), {}, -1
+        if not steps:
+            return None
+        if jax.process_index() == 0:
+            for step in steps:
+                reason = damage(self.folder / str(step), _filled(like))
+                if reason is None:
+                    intact = step
+                    break
+                damaged[step] = reason
+        # All or none: a process that raised alone would leave the others waiting.
+        intact = int(multihost_utils.broadcast_one_to_all(np.int32(intact)))
+        if intact < 0:
+            raise ValueError(
+                f"no checkpoint in {self.folder} can be read ("
+                + "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+                + "); mend it, or start anew with another --workdir"
+            )
+        for step, reason in damaged.items():
+            place = set_aside(self.folder / str(step))
+            log.warning(
+                "checkpoint %s/%d is damaged (%s): put aside as %s, going on from step %d",
+                *(self.folder, step, reason, place, intact),
+            )
+        multihost_utils.sync_global_devices("damaged checkpoints put aside")
+        self._manager.reload()
+        return intact
+
+    def best(self, step: int, figures: Mapping[str, float], num_best: int = 1) -> list[int]:
+        """The best steps by `keep_best`, best first, the newest of equally good ones.
 
         Among the checkpoints and `step`, which is not saved yet and has `figures`: the one that is
         returned where there is nothing to go by. Waits for the save in flight.
         """
         name = self._keep_best
         if name not in figures:
-            return step
+            return [step]
         self.wait()
         measured = [(self._manager.metrics(saved), saved) for saved in self._manager.all_steps()]
         sign = -1 if name.endswith("loss") else 1
         rated = [(sign * found[name], saved) for found, saved in measured if found]
-        return max([*rated, (sign * figures[name], step)])[1]
+        rated.append((sign * figures[name], step))
+        return [at for _, at in sorted(rated, reverse=True)[:num_best]]
 
     def save(
         self, state: TrainState, meta: dict[str, Any], figures: Mapping[str, float] | None = None
@@ -158,9 +212,11 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind, error, _) -> None:
         # Whatever ended the run, the save in flight is finished; its own failure is told only if
-        # there is nothing else to tell.
+        # there is nothing else to tell. With a process lost no save can be finished.
+        if lost_peer(error):
+            return
         with contextlib.suppress(*[OSError] if kind else []):
             self.close()
 
@@ -175,7 +231,7 @@ class _explained:
         pass
 
     def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not lost_peer(error):
             reason = str(error).strip().splitlines() or [kind.__name__]
             raise OSError(
                 f"{self._what} could not be written: {reason[0][:300]}; older checkpoints are "

@@ -468,6 +468,61 @@ def info(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def benchmark(parser: argparse.ArgumentParser) -> Run:
+    """How fast this machine encodes, trains, reads and compiles: a table, and JSON.
+
+    Needs no data: random weights, noise. Rows of a run are timed in turn, beside a matrix product
+    of the same dtype, the ceiling; times are medians (least to most). `taskset -c 0 beats-jax …`
+    measures one core. --against runs an installed PyTorch implementation with the same weights and
+    input, checks that the outputs agree, and gives the ratio.
+
+    what:
+      fbank, encode, tokenize      waveforms to log-mel, features, tokens
+      pretrain, distill, finetune  one training step, as the loop compiles it
+      pipeline                     prepared shards to batches
+      compile, checkpoint          the pre-training step's start-up; its state to disk and back
+
+    example:
+      beats-jax benchmark --what encode --size base --batch-size 8
+      beats-jax benchmark --what encode --batch-size 1 --against avex --json encode.json
+    """
+    parser.add_argument("--what", default="encode", help="see above (encode)")
+    parser.add_argument("--size", default="base", help="tiny, small, base or large (base)")
+    parser.add_argument("--batch-size", type=int, default=8, help="clips in the whole batch (8)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip (10)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto (auto)")
+    parser.add_argument("--mesh", default="data=-1", help="axes, as data=4,fsdp=2 (data=-1: all)")
+    parser.add_argument("--repeats", type=int, help="calls of each row (10; 3 for compile)")
+    parser.add_argument("--tokens", default="random", help="pretrain's: random, distilled, stored")
+    help = "of the pipeline: tf, log-mel on the host; numpy, in the step (tf)"
+    parser.add_argument("--backend", choices=("tf", "numpy"), default="tf", help=help)
+    help = "avex, openbeats, speechbrain, or a folder with the official code"
+    parser.add_argument("--against", metavar="PEER", default="", help=help)
+    parser.add_argument("--json", metavar="OUT", help="file to write")
+    parser.add_argument("--profile", metavar="FOLDER", default="", help="write a trace there")
+
+    def run(args: argparse.Namespace) -> int:
+        if args.repeats is not None and args.repeats < 1:
+            raise ValueError(f"--repeats is {args.repeats}; want at least 1")
+        mesh = {"data": 1 if "data=" in args.mesh else -1, "fsdp": 1, "tensor": 1}
+        for part in args.mesh.split(","):
+            axis, _, size = part.partition("=")
+            if axis not in mesh or not size.lstrip("-").isdigit():
+                raise ValueError(f"--mesh {args.mesh}: want sizes of data, fsdp, tensor: data=4")
+            mesh[axis] = int(size)
+        from beats_jax import benchmark
+
+        names = ("what", "size", "batch_size", "seconds", "dtype", "tokens", "backend")
+        settings = benchmark.Settings(**{name: getattr(args, name) for name in names}, mesh=mesh)
+        report = benchmark.run(settings, args.repeats, args.against, args.profile)
+        if args.json:
+            benchmark.save(report, args.json)
+        print(benchmark.table(report))
+        return 0
+
+    return run
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -482,7 +537,7 @@ def _call(args: argparse.Namespace) -> int:
 
 COMMANDS = (
     *(prepare, stats, embed, classify, tokenize, probe, evaluate),
-    *(convert, export, info),
+    *(convert, export, info, benchmark),
 )
 
 

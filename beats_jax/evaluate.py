@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +117,11 @@ def read_truth(cells: Sequence[str], classes: Sequence[str], task: str) -> Truth
     """
     index = {name: i for i, name in enumerate(classes)}
     several = task == "multi-label"
-    found = _split(cells, index) if several else [[c] if c else [] for c in map(str.strip, cells)]
+    found = (
+        label_names.split_cells(cells, index)
+        if several
+        else [[c] if c else [] for c in map(str.strip, cells)]
+    )
     sets = [label_names.names(row) for row in found]
     hot = np.zeros((len(sets), len(classes)), bool)
     for row, names in zip(hot, sets, strict=True):
@@ -142,13 +146,6 @@ def read_truth(cells: Sequence[str], classes: Sequence[str], task: str) -> Truth
         )
     truth = hot if several else np.argmax(hot[scored], axis=1)
     return Truth(truth, scored, counts, tuple(notes))
-
-
-def _split(cells: Sequence[str], index: Mapping[str, int]) -> list[list[str]]:
-    """Each cell's labels; a cell that is a class as it stands, commas and all, is not split."""
-    separator = next((s for s in label_names.SEPARATORS if any(s in c for c in cells)), ";")
-    parts = ([cell] if cell in index else cell.split(separator) for cell in cells)
-    return [[part.strip() for part in row if part.strip()] for row in parts]
 
 
 def align(classes: Sequence[Sequence[str]]) -> list[np.ndarray]:

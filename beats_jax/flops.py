@@ -2,16 +2,24 @@
 
 Counted: matmuls as executed. Not counted: norms, softmax, GELU and the front end (under 1 %), and
 what does not grow with the batch (weight norm and the transform of the positional kernel). The
-positional convolution counts as the matrix products that it is done with (`position.py`): 0.3 GFLOP
-where a direct convolution would take 4.7. Base, 10 s clip (496 tokens, 124 visible): forward of
-masked pre-training 46.4 GFLOP, of which the encoder 22.1; a step is three times that.
+positional convolution counts as the matrix products that it is done with (`position.py`): 0.9 GFLOP
+of a base model's 10 s clip, 0.3 with a quarter visible, where a direct one takes 4.7. Base, 10 s
+clip (496 tokens, 124 visible): forward of masked pre-training 46.4 GFLOP, of which the encoder
+22.1; a step is three times that (forward, gradients of the inputs, gradients of the weights).
 """
 
 from __future__ import annotations
 
 import math
 
-from beats_jax.fbank import PATCH_SIZE
+from beats_jax.fbank import (
+    DFT_MATRIX,
+    FFT_LENGTH,
+    FRAME_LENGTH,
+    MEL_BANKS,
+    PATCH_SIZE,
+    num_frames,
+)
 from beats_jax.models.beats import BEATs, Predictor
 from beats_jax.models.encoder import Transformer
 from beats_jax.models.tokenizer import Estimator, Tokenizer
@@ -59,3 +67,15 @@ def estimator_flops(model: Estimator, codebook_dim: int, tokens: int) -> float:
     """Forward pass of the tokenizer's estimator: connector, blocks, head."""
     ends = 2 * tokens * model.embed_dim * (codebook_dim + (model.target_dim or 0))
     return ends + layers_flops(model, tokens)
+
+
+def fbank_flops(num_samples: int, backend: str) -> float:
+    """The log-mel of one clip, as `fbank` computes it: by an FFT on a CPU, else by a matrix.
+
+    A real FFT of N points counts as 2.5 N log2 N.
+    """
+    if backend == "cpu":
+        spectrum = 2 * FRAME_LENGTH + 2.5 * FFT_LENGTH * math.log2(FFT_LENGTH)
+    else:
+        spectrum = 2 * DFT_MATRIX.size
+    return num_frames(num_samples) * (spectrum + 2 * MEL_BANKS.size)

@@ -42,6 +42,7 @@ from beats_jax.stages import Pretrained, compute_dtype
 log = logging.getLogger("beats_jax")
 
 MASK_MODES = ("exact", "official")
+TOKENS_AT_ONCE = 512
 # What an answer needs of a model's arrays, and what a model without it lacks.
 PARTS = {
     "features": ("encoder", "features"),
@@ -349,6 +350,41 @@ def forward(
         features float32 [B, L, D] of the layer, or [N + 1, B, L, D] of all; logits float32
         [B, L, C] of every token; or ids int32 [B, L].
     """
+    answer = functools.partial(_forward, net, mean, std, arrays, what, layer, zero_padding)
+    size = clips_at_once(audio.shape[0], key_mask.shape[1])
+    if size == audio.shape[0]:
+        return answer(audio, key_mask)
+    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (audio, key_mask))
+    values = jax.lax.map(lambda part: answer(*part), parts)
+    if values.ndim == 5:  # of all layers
+        values = jnp.moveaxis(values, 0, 1)
+        return values.reshape(values.shape[0], -1, *values.shape[3:])
+    return values.reshape(-1, *values.shape[2:])
+
+
+def clips_at_once(batch: int, length: int) -> int:
+    """How many clips of `length` tokens go through the model side by side.
+
+    All of them on an accelerator. On a CPU about 512 tokens: more make no matrix product faster,
+    and what lies between two products no longer fits the caches (and takes memory).
+    """
+    if jax.default_backend() != "cpu" or not isinstance(batch, int):  # any batch size: an export
+        return batch
+    wanted = TOKENS_AT_ONCE // max(length, 1)
+    return next(n for n in range(1, batch + 1) if batch % n == 0 and (n >= wanted or n == batch))
+
+
+def _forward(
+    net: BEATs,
+    mean: float,
+    std: float,
+    arrays: Any,
+    what: str,
+    layer: int | None,
+    zero_padding: bool,
+    audio: jax.Array,
+    key_mask: jax.Array,
+) -> jax.Array:
     patches = patchify(audio if audio.ndim == 3 else fbank(audio, mean=mean, std=std))
     options: dict[str, Any] = dict(zero_padding=zero_padding)
     if what == "ids":

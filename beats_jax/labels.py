@@ -7,7 +7,7 @@ official checkpoint has an order of its own, its `label_dict`: index of a logit 
 import csv
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ def read_labels(
     if task not in TASKS:
         raise ValueError(f'finetune.task "{task}" is unknown; use {" or ".join(TASKS)}')
     sets = (
-        _split(cells)
+        split_cells(cells)
         if task == "multi-label"
         else [[c.strip()] if c.strip() else [] for c in cells]
     )
@@ -134,10 +134,11 @@ def read_labels(
     return Labels(names, table)
 
 
-def _split(cells: Sequence[str]) -> list[list[str]]:
+def split_cells(cells: Sequence[str], classes: Collection[str] = ()) -> list[list[str]]:
+    """Each multi-label cell's labels; a cell that is a class as it stands stays whole."""
     separator = next((s for s in SEPARATORS if any(s in cell for cell in cells)), SEPARATORS[0])
-    parts = ([part.strip() for part in cell.split(separator)] for cell in cells)
-    return [sorted({part for part in found if part}) for found in parts]
+    parts = ([cell] if cell in classes else cell.split(separator) for cell in cells)
+    return [sorted({part.strip() for part in found if part.strip()}) for found in parts]
 
 
 def _class_names(occurring: Counter[str], classes: str) -> tuple[str, ...]:

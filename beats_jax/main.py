@@ -1,8 +1,9 @@
 """`python -m beats_jax.main --config=configs/iter1.py --workdir=W` runs a config's stages in order.
 
 Interrupted or killed, the same command goes on where it was. Flags override the config:
-`--config.pretrain.steps=40`. Exit codes: 0 done, 2 wrong usage, input or a failed write, 130/143
-stopped by SIGINT/SIGTERM, while training with everything saved.
+`--config.pretrain.steps=40`. Exit codes: 0 done, 2 wrong usage, input or a failed write, 75 another
+process was lost or this one hung: start all of them again, 130/143 stopped by SIGINT/SIGTERM, while
+training with everything saved.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
-    "host:port of process 0, on every host; auto: ask the cluster (TPU, Slurm).",
+    "host:port of process 0, on every host; auto: ask the cluster (TPU, Slurm, Kubernetes, MPI).",
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes take part.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
@@ -40,7 +41,10 @@ def main(_: list[str]) -> None:
     if config is None or not _WORKDIR.value:
         raise ValueError(f"--config=FILE and --workdir=FOLDER are both needed, as in: {EXAMPLE}")
     if "://" in _WORKDIR.value:
-        raise ValueError(f"--workdir={_WORKDIR.value}: give a local or mounted folder")
+        raise ValueError(
+            f"--workdir={_WORKDIR.value}: give a folder, local or mounted (gcsfuse, s3fs): logs "
+            "grow line by line, which an object store cannot do"
+        )
     if config.deterministic:  # before JAX makes its backend
         os.environ["XLA_FLAGS"] = (
             os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
@@ -53,15 +57,13 @@ def main(_: list[str]) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if config.precision == "float32":  # accelerators multiply in TF32 or bfloat16 otherwise
         jax.config.update("jax_default_matmul_precision", "highest")
-    if _COORDINATOR.value == "auto":
-        jax.distributed.initialize()
-    elif _COORDINATOR.value:
-        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
-    from beats_jax import train
+    from beats_jax import folds, hosts, train
 
+    hosts.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     for name in config.stages:
-        train.run_stage(config, name, _WORKDIR.value)
+        run = folds.run_folds if folds.wanted(config, name) else train.run_stage
+        run(config, name, _WORKDIR.value)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -105,6 +107,16 @@ def run() -> None:
         print("beats_jax: interrupted before training", file=sys.stderr, flush=True)
         os._exit(130)
     except Exception as error:
+        from beats_jax.hosts import lost_peer
+        from beats_jax.watchdog import TRY_AGAIN
+
+        if lost_peer(error) and not (_TRACEBACK.present and _TRACEBACK.value):
+            lost = (
+                "another process, or the way to it, is lost; start all of them again: they resume"
+            )
+            first = str(error).strip().partition("\n")[0][:300]
+            print(f"beats_jax: {lost} ({first})", file=sys.stderr, flush=True)
+            os._exit(TRY_AGAIN)
         told = isinstance(
             error, (ValueError, OSError, ImportError, FloatingPointError, flags.Error)
         )

@@ -1,8 +1,9 @@
 """Figures of whole sets of clips while a stage trains, and the choice among a classifier's weights.
 
-At the end of fine-tuning three sets of weights are compared: the last, their moving average, and
-the best by a held-out figure (`keep_best`). What is *selected* is decided by that held-out figure;
-the test clips are scored once, for all three, and decide nothing (method.md (b) 19).
+At the end of fine-tuning four sets of weights are compared: the last, their moving average, the
+best by a held-out figure (`keep_best`), and the mean of the few best (`average_best`). What is
+*selected* is decided by that held-out figure; the test clips are scored once, for all of them, and
+decide nothing (method.md (b) 19).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -22,6 +24,7 @@ from beats_jax.metrics import mean_average_precision, summarize
 from beats_jax.optim import averaged_weights
 
 Batches = Iterator[dict[str, jax.Array]]
+RESULTS = "results.json"  # of a fine-tuned stage folder
 
 
 class Scored(NamedTuple):
@@ -68,25 +71,43 @@ def score(
 
 
 def final_weights(
-    state: TrainState, checkpoints: Checkpoints, like: TrainState, figures: Mapping[str, float]
-) -> dict[str, tuple[int, Any]]:
-    """The weights that fine-tuning ends with: "last", "ema", "best" -> (step, params).
+    state: TrainState,
+    checkpoints: Checkpoints,
+    like: TrainState,
+    figures: Mapping[str, float],
+    average_best: int = 1,
+) -> dict[str, tuple[int | list[int], Any]]:
+    """The weights that fine-tuning ends with: name -> (step or steps, params).
+
+    "last", "ema", "best", and where there are several good ones to average "best_mean".
 
     Args:
       state: of the last step, which is not saved yet; `figures` were measured there.
-      checkpoints: the stage's, for the best one.
+      checkpoints: the stage's, for the best ones.
       like: what to restore.
+      average_best: how many of the best to average.
     """
-    step, best = int(state.step), checkpoints.best(int(state.step), figures)
-    return {
+    step = int(state.step)
+    best = checkpoints.best(step, figures, average_best)
+
+    def params_at(at: int) -> Any:
+        return state.params if at == step else checkpoints.restore(at, like).params
+
+    first = total = params_at(best[0])
+    for at in best[1:]:  # one at a time: many models need not fit into memory
+        total = jax.tree.map(jnp.add, total, params_at(at))
+    weights: dict[str, tuple[int | list[int], Any]] = {
         "last": (step, state.params),
         "ema": (step, jax.jit(averaged_weights)(state.opt_state)),
-        "best": (best, state.params if best == step else checkpoints.restore(best, like).params),
+        "best": (best[0], first),
     }
+    if len(best) > 1:
+        weights["best_mean"] = (best, jax.tree.map(lambda x: x / len(best), total))
+    return weights
 
 
 def results(
-    weights: Mapping[str, tuple[int, Any]],
+    weights: Mapping[str, tuple[int | list[int], Any]],
     figures_of: Callable[[Any, Batches], dict[str, float]],
     data: Data,
     keep_best: str,
@@ -123,7 +144,7 @@ def results(
         **{name: meta[name] for name in about},
     }
     if jax.process_index() == 0:
-        (folder / "results.json").write_text(json.dumps(record, indent=1))
+        (folder / RESULTS).write_text(json.dumps(record, indent=1))
     return flat_figures(comparison)
 
 

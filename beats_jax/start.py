@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import platform
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +23,7 @@ from beats_jax.checkpoint import Checkpoints, TrainState
 from beats_jax.data.sources import Clips
 from beats_jax.data.token_store import open_store
 from beats_jax.pretrained import load_model
+from beats_jax.results import git_commit
 from beats_jax.stages import Pretrained, Stage, compute_dtype
 from beats_jax.stages.finetune import extend_head
 
@@ -66,7 +65,8 @@ def earlier(config: Any, name: str, workdir: str | Path) -> Earlier:
     start, lineage = None, {}
     path, field = config.init_from, "config.init_from"
     if name == "finetune" and not path:
-        path, field = str(Path(workdir) / config.iteration / "pretrain"), "the encoder to fine-tune"
+        iteration = config.iteration.partition("/")[0]  # the folds of one share its encoder
+        path, field = str(Path(workdir) / iteration / "pretrain"), "the encoder to fine-tune"
         field += " (--config.init_from=PATH names one, =scratch is none)"
     if path and path != "scratch":
         start = _load(field, path)
@@ -160,18 +160,18 @@ def starting_state(
 ) -> tuple[TrainState, bool]:
     """Where the weights come from, decided here and nowhere else.
 
-    In this order: the newest checkpoint of the own workdir; `config.resume`, a stage folder (or
-    `…@STEP`) whose whole state is taken over, also onto other data; `start`, the model of
-    `config.init_from`, whose weights start a new run; scratch.
+    In this order: the newest checkpoint of the own workdir that is intact; `config.resume`, a stage
+    folder (or `…@STEP`) whose whole state is taken over, also onto other data; `start`, the model
+    of `config.init_from`, whose weights start a new run; scratch.
 
     Returns:
       The state, and whether it was restored (so that nothing is calibrated or logged anew).
 
     Raises:
       ValueError: the checkpoint was made with another seed, batch size or dataset, with another
-        teacher, tokenizer or front end.
+        teacher, tokenizer or front end; or none of those that are there can be read.
     """
-    step = checkpoints.latest_step()
+    step = checkpoints.newest_intact(like)
     if step is not None:
         keys = ("seed", "batch_size", "dataset_fingerprint")
         _check_same_run(checkpoints, step, meta, keys)
@@ -207,8 +207,15 @@ def _shapes(tree: Any) -> Any:
 # What the inputs are made with: a run that changed them would be another run.
 FIXED = ("data.clip_seconds", "data.crop", "data.mean", "data.std")
 FIXED_IN_FINETUNING = (
-    *("data.label", "data.classes", "data.test_filter", "finetune.task", "finetune.roll"),
-    *("finetune.mixup", "finetune.mixup_alpha", "finetune.balanced_sampling"),
+    *(
+        "data.label",
+        "data.classes",
+        "data.test_filter",
+        "data.val_filter",
+        "finetune.task",
+        "finetune.roll",
+    ),
+    *("finetune.mixup", "finetune.mixup_of", "finetune.mixup_alpha", "finetune.balanced_sampling"),
 )
 
 
@@ -280,10 +287,6 @@ def describe(
 
     Of fine-tuning also its classes, in the order of the logits, and its task.
     """
-    root = Path(__file__).parents[1]
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    in_clone = (root / ".git").exists() and shutil.which("git")
-    git = in_clone and subprocess.run(command, capture_output=True, text=True)
     classes = {"labels": clips.labels.names, "task": section.task} if clips.labels else {}
     return {
         "iteration": config.iteration,
@@ -299,5 +302,5 @@ def describe(
             **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
             "python": platform.python_version(),
         },
-        "git_commit": git.stdout.strip() if git else "",
+        "git_commit": git_commit() or "",
     }

@@ -32,6 +32,7 @@ from beats_jax.optim import make_optimizer
 from beats_jax.selection import final_weights, results, score
 from beats_jax.stages import Stage, batch_patches, finetune, pretrain, tokenizer
 from beats_jax.watch import Clock, Interrupted, Report, Signals
+from beats_jax.watchdog import Watchdog
 from beats_jax.writers import read_metrics
 
 log = logging.getLogger("beats_jax")
@@ -76,7 +77,8 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
     stage, frozen = STAGES[name](config, given)
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     tx, schedule = make_optimizer(section, config.adamw)
-    checkpoints = Checkpoints(folder / "checkpoints", section.keep, section.keep_best)
+    num_best = section.average_best if finetuning else 1
+    checkpoints = Checkpoints(folder / "checkpoints", section.keep, section.keep_best, num_best)
     meta = start.describe(config, name, section, data.train_clips, earlier.lineage)
     init = start.state_maker(stage, tx, config.seed, data.clip_samples)
     like = start.abstract_state(init, mesh)
@@ -90,17 +92,20 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
     )
     eval_step = jax.jit(stage.eval_fn, out_shardings=sharding.metrics_and_rows(mesh))
     feed = data.training(done)
-    clock = Clock(done, section.batch_size, config.data.clip_seconds, stage.flops_per_clip)
+    watchdog = Watchdog(config.get("hang_timeout_s", 0), done)
+    clip_seconds = config.data.clip_seconds
+    clock = Clock(done, section.batch_size, clip_seconds, stage.flops_per_clip, watchdog)
     title = f"{config.iteration}/{name}"
     report = Report(folder, title, done, section.steps, restored, stage.warn)
     reference = reference_curves(config, title)
 
     def save(state: TrainState, step: int, figures: dict[str, float]) -> None:
         seen = {"examples_seen": step * section.batch_size}
-        with clock.paused():
+        with clock.paused("saving"):
             checkpoints.save(state, {**meta, **seen}, figures)
 
     def figures_of(params: Any, batches: Iterator[dict[str, jax.Array]]) -> dict[str, float]:
+        batches = watchdog.watched(batches)
         return score(eval_step, params, state.model_state, frozen, batches).figures
 
     def check_good(step: int, batch: dict, sums: dict) -> None:
@@ -109,10 +114,11 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
             raise FloatingPointError(blame(step, sums, data.train_clips, bad, folder))
         if reason := stage.alarm(sums["metrics"]):
             raise FloatingPointError(f"step {step}: {reason}")
+        watchdog.finished(step)
 
-    with Signals() as signals, report, checkpoints:
+    with watchdog, Signals() as signals, report, checkpoints:
         if not restored:
-            batches = data.calibration()
+            batches = watchdog.watched(data.calibration())
             state, summary = start.calibrate(stage, state, like, frozen, batches, section, config)
             report.write(0, summary)
             save(state, 0, {})
@@ -136,15 +142,16 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
                 record = {**floats(sums), **clock.rates(step)}
             evaluated = len(data.val_clips) > 0 and (step % section.eval_every == 0 or last)
             if evaluated:
-                with clock.paused():
-                    record |= evaluate(eval_step, state, frozen, data.validation(), folder, step)
+                with clock.paused("evaluating"):
+                    batches = watchdog.watched(data.validation())
+                    record |= evaluate(eval_step, state, frozen, batches, folder, step)
             if finetuning and last:
-                with clock.paused():
-                    weights = final_weights(state, checkpoints, like, record)
+                with clock.paused("evaluating"):
+                    weights = final_weights(state, checkpoints, like, record, num_best)
                     record |= results(weights, figures_of, data, section.keep_best, meta, folder)
             report.write(step, record)
             if chief and (evaluated or last):
-                with clock.paused():
+                with clock.paused("drawing"):
                     curves = folder / "plots" / "curves.png"
                     plots.plot_curves(read_metrics(folder), curves, reference)
             best_wanted = evaluated and section.keep_best
@@ -153,8 +160,10 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
                 save(state, step, record)
             if step == done + 1:
                 clock.restart(step)  # it compiled: no rate to go by
+            if interrupted or last:
+                with clock.paused("saving"):
+                    checkpoints.wait()
             if interrupted:
-                checkpoints.wait()
                 raise Interrupted(step, interrupted)
 
 

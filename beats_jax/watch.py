@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from beats_jax.watchdog import COMPILING, Watchdog
 from beats_jax.writers import Writer
 
 log = logging.getLogger("beats_jax")
@@ -91,19 +92,29 @@ class Signals:
 class Clock:
     """Rates since the last report, without the time spent on evaluation and saving.
 
+    Tells the watchdog what the loop is at.
+
     Args:
       start: the step the run starts from.
       batch_size: clips in the global batch.
       clip_seconds: length of a clip.
       flops_per_clip: analytic cost of one step per clip.
+      watchdog: what ends the process if nothing moves.
     """
 
-    def __init__(self, start: int, batch_size: int, clip_seconds: float, flops_per_clip: float):
+    def __init__(
+        self,
+        start: int,
+        batch_size: int,
+        clip_seconds: float,
+        flops_per_clip: float,
+        watchdog: Watchdog,
+    ):
         kind = jax.devices()[0].device_kind
         peak = next((f for name, f in PEAK_FLOPS.items() if kind.startswith(name)), None)
         self._peak = peak and peak * jax.device_count()
         self._batch_size, self._clip_seconds = batch_size, clip_seconds
-        self._flops_per_clip = flops_per_clip
+        self._flops_per_clip, self._watchdog = flops_per_clip, watchdog
         self.restart(start)
 
     def restart(self, step: int) -> None:
@@ -111,17 +122,19 @@ class Clock:
         self._step, self._since, self._paused, self._waited = step, time.perf_counter(), 0.0, 0.0
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around what is not training."""
+    def paused(self, phase: str) -> Iterator[None]:
+        """Around what is not training: "evaluating" (which may compile), "saving"."""
         begin = time.perf_counter()
-        yield
+        with self._watchdog.phase(phase, 1.0 if phase == "saving" else COMPILING):
+            yield
         self._paused += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around waiting for data."""
         begin = time.perf_counter()
-        yield
+        with self._watchdog.phase("waiting for data"):
+            yield
         self._waited += time.perf_counter() - begin
 
     def rates(self, step: int) -> dict[str, float]:

@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
         precision="auto",
         remat="dots_with_no_batch_dims_saveable",
         deterministic=False,
+        hang_timeout_s=1800.0,  # nothing moved for so long: exit code 75; 0 = wait for ever
         compilation_cache="~/.cache/beats_jax/xla",
         mesh=dict(data=-1, fsdp=1, tensor=1),
         adamw=dict(b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, clip_norm=1.0),

@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
         precision="auto",
         remat="",
         deterministic=False,
+        hang_timeout_s=0.0,
         compilation_cache="~/.cache/beats_jax/xla",
         mesh=dict(data=-1, fsdp=1, tensor=1),
         adamw=dict(b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, clip_norm=1.0),
@@ -37,6 +38,8 @@ def get_config() -> ConfigDict:
             clip_seconds=4.0, crop="random", token_ids="",
             mean=8.42069, std=9.83390,
             num_clips=512,  # of synthetic sounds
+            # Of fine-tuning alone: one run for each value of the column `folds`.
+            label="category", classes="", test_filter="", val_filter="", folds="fold",
         ),
         input=dict(backend="tf", frontend="auto", workers=1, prefetch=4),
         random_projection=dict(
@@ -44,9 +47,9 @@ def get_config() -> ConfigDict:
         ),
         tokenizer=dict(
             path="",
-            steps=800, batch_size=16, micro_batches=1,
+            steps=600, batch_size=16, micro_batches=1,
             lr=7e-4, warmup_steps=100, schedule="linear",
-            codebook_size=1024, codebook_dim=256, estimator_layers=3, commitment=0.04,
+            codebook_size=1024, codebook_dim=256, estimator_layers=2, commitment=0.04,
             ema_decay=0.99, revive_below=0.0, collapse_share=0.02, collapse_steps=200,
             calibration_batches=25, save_every=100, log_every=25, eval_every=100,
             keep=2, keep_best="",
@@ -54,9 +57,21 @@ def get_config() -> ConfigDict:
         pretrain=dict(
             steps=1000, batch_size=32, micro_batches=1,
             lr=7e-4, warmup_steps=150, schedule="linear",
-            visible=0.25, positions="true", mask_token="learned", predictor_layers=3,
+            visible=0.25, positions="true", mask_token="learned", predictor_layers=1,
             label_smoothing=0.0,
             calibration_batches=20, save_every=100, log_every=25, eval_every=100,
             keep=2, keep_best="",
+        ),
+        finetune=dict(
+            task="single-label", class_weights=False, balanced_sampling=False,
+            steps=300, batch_size=16, micro_batches=1,
+            lr=1e-3, warmup_steps=30, schedule="cosine",
+            layer_decay=0.8, trained_layers=-1, visible=0.25, ema_decay=0.98, head_dropout=0.1,
+            label_smoothing=0.1, roll=True, mixup=0.0, mixup_alpha=0.8, mixup_of="waveform",
+            spec_augment=dict(
+                time_masks=2, time_share=0.12, frequency_masks=2, frequency_share=0.1,
+            ),
+            save_every=100, log_every=50, eval_every=100,
+            keep=1, keep_best="val_accuracy", average_best=3,
         ),
     ))

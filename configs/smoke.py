@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
         precision="auto",
         remat="",
         deterministic=False,
+        hang_timeout_s=0.0,
         compilation_cache="~/.cache/beats_jax/xla",
         mesh=dict(data=-1, fsdp=1, tensor=1),
         adamw=dict(b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, clip_norm=1.0),
@@ -32,7 +33,8 @@ def get_config() -> ConfigDict:
             clip_seconds=2.0, crop="random", token_ids="",
             mean=15.41663, std=6.55582,
             num_clips=512,
-            label="category", classes="", test_filter="fold=1",  # of fine-tuning alone
+            label="category", classes="",  # this and the next line: of fine-tuning alone
+            test_filter="fold=1", val_filter="", folds="",
         ),
         input=dict(backend="tf", frontend="auto", workers=1, prefetch=4),
         random_projection=dict(
@@ -59,12 +61,12 @@ def get_config() -> ConfigDict:
             task="single-label", class_weights=False, balanced_sampling=False,
             steps=60, batch_size=16, micro_batches=1,
             lr=2e-3, warmup_steps=6, schedule="cosine",
-            layer_decay=0.8, trained_layers=-1, ema_decay=0.95, head_dropout=0.1,
-            label_smoothing=0.1, roll=True, mixup=0.2, mixup_alpha=0.8,
+            layer_decay=0.8, trained_layers=-1, visible=1.0, ema_decay=0.95, head_dropout=0.1,
+            label_smoothing=0.1, roll=True, mixup=0.2, mixup_alpha=0.8, mixup_of="waveform",
             spec_augment=dict(
                 time_masks=1, time_share=0.1, frequency_masks=1, frequency_share=0.1,
             ),
             save_every=20, log_every=10, eval_every=20,
-            keep=2, keep_best="val_accuracy",
+            keep=2, keep_best="val_accuracy", average_best=2,
         ),
     ))

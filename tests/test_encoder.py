@@ -9,7 +9,14 @@ import pytest
 from jax import lax
 
 from beats_jax.masking import gather_rows, random_masking, scatter_rows
-from beats_jax.models.encoder import Encoder, SelfAttention, deep_norm_constants
+from beats_jax.models import encoder as encoder_module
+from beats_jax.models.encoder import (
+    Encoder,
+    SelfAttention,
+    attend,
+    attend_in_parts,
+    deep_norm_constants,
+)
 from beats_jax.models.position import (
     PositionalConv,
     RelativePositionBias,
@@ -91,6 +98,17 @@ def test_positional_conv_is_the_convolution(length, kernel_size):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
 
+def test_positional_conv_is_the_same_for_few_and_many_clips():
+    """On a CPU two clips are convolved directly, three by Fourier transforms."""
+    conv: Any = PositionalConv(128, 4)
+    x = noise(3, 40, 16)
+    params = conv.init(jax.random.key(0), x)
+    alone = jax.jit(lambda x: conv.apply(params, x, forward_only=True))
+    np.testing.assert_allclose(alone(x[:2]), alone(x)[:2], atol=2e-6)
+    assert "conv_general_dilated" in str(jax.make_jaxpr(alone)(x[:2]))
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(alone)(x))
+
+
 def test_positional_conv_on_a_grid_with_holes():
     conv: Any = PositionalConv(groups=4)
     visible = visible_of(3, 96, [96, 64, 8])
@@ -98,7 +116,8 @@ def test_positional_conv_on_a_grid_with_holes():
     params = jax.jit(conv.init)(jax.random.key(0), rows)
     apply = jax.jit(conv.apply, static_argnums=3)
     want = gather_rows(apply(params, scatter_rows(rows, visible, 96)), visible)
-    got = apply(params, rows, visible.index, 96)
+    share = rows.shape[1] / 96  # each row counts 1 / share times where there are holes
+    got = apply(params, rows * share, visible.index, 96)
     valid = np.asarray(visible.valid)
     np.testing.assert_allclose(got[valid], want[valid], rtol=0, atol=1e-6)
     closed_up = apply(params, rows)
@@ -171,6 +190,21 @@ def test_deep_norm_constants():
         np.testing.assert_allclose(deep_norm_constants(layers), (alpha, beta), rtol=2e-6)
 
 
+@pytest.mark.parametrize("own_bias", [False, True])
+@pytest.mark.parametrize("heads_at_once", [1, 2, 3])
+def test_attention_in_parts_is_attention(own_bias, heads_at_once, monkeypatch):
+    batch, length, heads, dim = 3, 10, 4, 8
+    monkeypatch.setattr(encoder_module, "SCORES_AT_ONCE", heads_at_once * length**2)
+    q, k, v = (noise(batch, length, heads, dim, seed=i) for i in range(3))
+    gate, bias = noise(batch, heads, length), noise(3 if own_bias else 1, heads, length, length)
+    padding_mask = jnp.arange(length)[None] >= jnp.array([10, 7, 0])[:, None]
+    for inputs in (gate, bias, padding_mask), (None, bias, None), (None, None, padding_mask):
+        parts = jax.jit(attend_in_parts)(q, k, v, *inputs)
+        np.testing.assert_allclose(parts, jax.jit(attend)(q, k, v, *inputs), atol=1e-6)
+    text = str(jax.make_jaxpr(attend_in_parts)(q, k, v, gate, bias, padding_mask))
+    assert text.count("scan") >= 2, "all heads at once"
+
+
 def test_gate_starts_at_seven_quarters():
     attention: Any = SelfAttention(num_heads=4)
     x, bias = jnp.zeros((1, 6, 32)), noise(1, 4, 6, 6)
@@ -178,7 +212,7 @@ def test_gate_starts_at_seven_quarters():
     scores = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.nn, "softmax", lambda s, axis: scores.setdefault("s", s))
-        attention.apply(params, x, bias, None, True)
+        attention.apply(params, x, bias, None, False)  # True: traced, for any platform
     np.testing.assert_allclose(scores["s"], 1.75 * bias, rtol=1e-6)  # queries are zero
 
 

@@ -22,17 +22,17 @@ from runs import (
 )
 
 import beats_jax
-from beats_jax import augment, losses, optim, pretrained, selection, sharding, start, train
+from beats_jax import augment, cli, losses, optim, pretrained, selection, sharding, start, train
 from beats_jax.checkpoint import load_params
 from beats_jax.data import order
 from beats_jax.data.dataset import Data, open_labelled
 from beats_jax.data.pipeline import Augment, eval_batches, train_batches
 from beats_jax.data.synthetic import synthetic_clips
-from beats_jax.fbank import NUM_MELS, unpatchify
+from beats_jax.fbank import MEAN, NUM_MELS, STD, fbank, patchify, unpatchify
 from beats_jax.labels import Labels, audioset, audioset_order, read_labels
-from beats_jax.models.beats import BEATs, depths
+from beats_jax.models.beats import BEATs, depths, token_padding_mask
 from beats_jax.scores import average_precisions
-from beats_jax.stages import finetune
+from beats_jax.stages import batch_patches, finetune
 from beats_jax.stages import tokenizer as distillation
 
 FINETUNE = {
@@ -46,6 +46,9 @@ FINETUNE = {
     "finetune__eval_every": 2,
     "finetune__keep": 10,
 }
+
+
+FINETUNING = [f"finetune_{task}" for task in ("as2m", "as20k", "esc50", "ks1", "ks2", "er")]
 
 
 def config_of(**overrides):
@@ -125,6 +128,8 @@ def test_bad_labels_are_one_clear_line(cells, task, classes, message):
         ({"data__test_filter": "fold!=9"}, "all 84 clips pass data.test_filter"),
         ({"data__crop": "grid"}, "whole clips"),
         ({"data__clip_seconds": 0.1}, "holds no token"),
+        ({"data__val_filter": "fold=1"}, "holds out 0 of 56 clips that are not tested"),
+        ({"data__val_filter": "fold!=1"}, "holds out 56 of 56 clips that are not tested"),
         ({"data__classes": "rain,wind"}, "labels in column 'category' are none of the 2 classes"),
     ],
 )
@@ -147,7 +152,10 @@ def test_test_clips_are_neither_trained_on_nor_held_out(caplog):
         hot = clips.labels.multi_hot(np.arange(len(clips)))
         found = [clips.labels.names[i] for i in hot.argmax(axis=1)]
         assert found == clips.columns["category"] and np.all(hot.sum(axis=1) == 1)
-    data.test_filter = "category=rain"
+    data.val_filter = "fold=2"
+    train_clips, val, _ = open_labelled(data, "single-label", "unused")
+    assert {*val.columns["fold"]} == {"2"} and {*train_clips.columns["fold"]} == {"1", "3", "4"}
+    data.val_filter, data.test_filter = "", "category=rain"
     open_labelled(data, "single-label", "unused")
     assert "1 of 14 classes have no clip to train on: rain" in caplog.text
 
@@ -194,6 +202,27 @@ def test_augmented_batches_are_functions_of_their_number(clips):
                                       .reshape(value.shape))  # fmt: skip
     other = augmented(clips, 6, seed=6)
     assert all(np.any(other[name] != whole[name]) for name in ("waveform", "labels", "index"))
+
+
+@pytest.mark.parametrize("backend", ["tf", "numpy"])
+def test_log_mels_are_mixed_as_waveforms_are(clips, backend):
+    of_log_mels = Augment(mixup=0.7, mixup_of="log-mel", mixup_alpha=0.8)
+    mixed = augmented(clips, 2, augment=of_log_mels)
+    plain = augmented(clips, 2, augment=Augment())
+    of_waveforms = augmented(clips, 2, augment=of_log_mels._replace(mixup_of="waveform"))
+    for name in ("labels", "num_samples", "index", "counter"):
+        np.testing.assert_array_equal(mixed[name], of_waveforms[name])
+    share = order.mixup_weights(5, np.arange(12), 0.7, 0.8).astype(np.float32)
+    np.testing.assert_array_equal(mixed["share"], share)
+    own, other = (
+        np.asarray(patchify(fbank(jnp.asarray(of)))) for of in (plain["waveform"], mixed["partner"])
+    )
+    wanted = share[:, None, None] * own + (1 - share[:, None, None]) * other
+    on_device = batch_patches({k: jnp.asarray(v) for k, v in mixed.items()}, MEAN, STD)
+    on_host = augmented(clips, 2, augment=of_log_mels, frontend="host", backend=backend)
+    assert "partner" not in on_host and 0 < np.sum(share < 1) < 12
+    np.testing.assert_allclose(on_device, wanted, atol=1e-5)
+    np.testing.assert_allclose(on_host["patches"], wanted, atol=1e-4)
 
 
 def test_a_mixture_is_what_was_drawn(clips):
@@ -416,6 +445,30 @@ def test_padding_changes_nothing(built):
     assert float(metrics["loss"].total) == pytest.approx(float(outputs["nll"][0, 0]))
 
 
+def test_patchout_hides_patches_in_training_alone(built):
+    stage, data, state, _ = built
+    quarter = build(config_of(finetune__visible=0.25, finetune__head_dropout=0.0))[0]
+    batch = next(data.training(0))
+    for mine, wanted in zip(
+        jax.tree.leaves(quarter.eval_fn(state.params, {}, {}, batch)),
+        jax.tree.leaves(stage.eval_fn(state.params, {}, {}, batch)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(mine, wanted)
+
+    def logits_if(patches):
+        """The loss sum of a batch with these patches, and its gradient for them."""
+        made = {k: v for k, v in batch.items() if k != "waveform"} | {"patches": patches}
+        return quarter.loss_fn(state.params, {}, {}, made, jax.random.key(3))[0]
+
+    patches = batch_patches(batch, MEAN, STD)
+    reached = np.asarray(jnp.any(jax.grad(logits_if)(patches) != 0, axis=-1))
+    tokens = (~np.asarray(token_padding_mask(batch["num_samples"], patches.shape[1]))).sum(axis=1)
+    masked_too = reached.sum(axis=1)  # SpecAugment hides some of the visible ones
+    assert np.all(masked_too <= np.round(tokens / 4)) and masked_too.mean() > 0.15 * tokens.mean()
+    assert len({row.tobytes() for row in reached}) == len(reached)  # drawn for every example
+
+
 def test_micro_batches_add_up_to_the_big_batch():
     found = []
     for n in (1, 4):
@@ -548,7 +601,7 @@ def test_a_run_leaves_its_records(workdir):
     assert {"loss", "lr", "grad_norm", "accuracy"} <= lines[0].keys()
     assert {"val_loss", "val_accuracy"} <= lines[1].keys()
     assert not any("test" in name for line in lines[:-1] for name in line)
-    wanted = {f"test_accuracy{which}" for which in ("", "_ema", "_best")}
+    wanted = {f"test_accuracy{which}" for which in ("", "_ema", "_best", "_best_mean")}
     assert wanted | {"val_accuracy_ema"} <= lines[-1].keys()
     record = json.loads((folder / "results.json").read_text())
     assert record["weights"]["last"]["test"]["accuracy"] == lines[-1]["test_accuracy"]
@@ -556,6 +609,10 @@ def test_a_run_leaves_its_records(workdir):
     best = max(range(len(lines)), key=lambda i: (lines[i].get("val_accuracy", -1), i))
     assert record["steps"]["best"] == lines[best]["step"]
     assert record["weights"]["best"]["val"]["accuracy"] == lines[best]["val_accuracy"]
+    measured = sorted(
+        [(line["val_accuracy"], line["step"]) for line in lines if "val_accuracy" in line]
+    )
+    assert record["steps"]["best_mean"] == [step for _, step in measured[::-1][:2]]
     assert sum(record["clips"].values()) == 84 and record["clips"]["test"] > 0
     assert record["test_filter"] == "fold=1" and len(record["labels"]) == 14
     assert (folder / "plots" / "augmentations.png").stat().st_size > 10_000
@@ -584,6 +641,26 @@ def test_a_killed_run_ends_bit_equal(workdir, tmp_path):
     assert without_timing(folder) == without_timing(theirs)
     mine, wanted = (json.loads((where / "results.json").read_text()) for where in (folder, theirs))
     assert mine | {"git_commit": ""} == wanted | {"git_commit": ""}
+
+
+def test_many_labels_a_clip_from_training_to_an_exported_model(tmp_path):
+    config = config_of(
+        finetune__task="multi-label", data__label="events", init_from="scratch",
+        finetune__steps=2, finetune__balanced_sampling=True, finetune__class_weights=True,
+        finetune__mixup_of="log-mel", finetune__mixup=0.8, finetune__keep_best="val_mAP",
+    )  # fmt: skip
+    train.run_stage(config, "iter1/finetune", tmp_path)
+    folder = tmp_path / "iter1" / "finetune"
+    record = json.loads((folder / "results.json").read_text())
+    assert record["chosen_by"] == "val_mAP" and record["task"] == "multi-label"
+    assert 0 < record["weights"]["last"]["test"]["mAP"] == without_timing(folder)[-1]["test_mAP"]
+    assert cli.main(["convert", str(folder), str(tmp_path / "model")]) == 0
+    model, exported = beats_jax.load(folder), beats_jax.load(tmp_path / "model")
+    assert (exported.task, exported.labels) == (model.task, model.labels)
+    waveform = np.sin(np.arange(16000) / 20, dtype=np.float32)
+    logits, probs = exported.classify(waveform)
+    np.testing.assert_array_equal(logits, model.classify(waveform)[0])
+    np.testing.assert_allclose(probs, 1 / (1 + np.exp(-logits.astype(np.float64))), rtol=1e-5)
 
 
 def test_another_test_fold_under_a_run_is_refused(workdir):
@@ -635,11 +712,12 @@ def test_it_is_a_teacher_and_a_start_with_more_classes(workdir):
     np.testing.assert_array_equal(started.params["head"]["kernel"][:, 0], fresh)
 
 
-@pytest.mark.parametrize("name", ["smoke", "finetune_esc50"])
+@pytest.mark.parametrize("name", ["smoke", *FINETUNING])
 def test_every_config_builds_and_traces_a_step(name):
     config = load_config(name)
     labels = Labels(("a", "b", "c"), np.array([[0], [1], [2]], np.int16))
     stage, _ = train.STAGES["finetune"](config, labels)
+    assert train.checked(config, "finetune")[1] == "finetune"
     tx, _ = optim.make_optimizer(config.finetune, config.adamw)
     length = int(config.data.clip_seconds * 16000)
     batch = {

@@ -8,6 +8,8 @@ import pytest
 
 from beats_jax.flops import encoder_flops, layers_flops, predictor_flops
 from beats_jax.models.beats import PRESETS, BEATs, Predictor
+from beats_jax.training_workloads import Training
+from beats_jax.workloads import Settings, make_mesh
 
 
 def base():
@@ -32,3 +34,20 @@ def test_count_agrees_with_xla():
     params = jax.eval_shape(model.init, jax.random.key(0), patches)
     cost: Any = jax.jit(model.apply).lower(params, patches).cost_analysis()
     assert cost["flops"] / 8 == pytest.approx(encoder_flops(model, 496), rel=0.08)
+
+
+def test_a_steps_count_agrees_with_xla(monkeypatch):
+    """Fine-tuning's: forward, gradients and update, unrolled, nothing computed twice."""
+    preset = dict(num_layers=2, embed_dim=512, ffn_dim=2048, num_heads=8, patch_dim=512)
+    monkeypatch.setitem(PRESETS, "two", preset)
+    mesh = {"data": 1, "fsdp": 1, "tensor": 1}
+    settings = Settings("finetune", "two", 8, 10.0, "float32", mesh, backend="numpy")
+    training = Training(settings, make_mesh(settings))
+    batch = {
+        "patches": jax.ShapeDtypeStruct((8, 496, 256), jnp.float32),
+        "labels": jax.ShapeDtypeStruct((8, 50), jnp.float32),
+        "num_samples": jax.ShapeDtypeStruct((8,), jnp.int32),
+        "counter": jax.ShapeDtypeStruct((8,), jnp.uint32),
+    }
+    cost: Any = training.step.lower(training.like, training.frozen, batch).cost_analysis()
+    assert cost["flops"] / 8 == pytest.approx(training.stage.flops_per_clip, rel=0.1)

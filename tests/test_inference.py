@@ -1,6 +1,7 @@
 """What users call, against the official code's outputs and itself: padding, lengths, kinds."""
 
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ import pytest
 from runs import FIXTURES
 
 import beats_jax
-from beats_jax import labels
+from beats_jax import inference, labels
 from beats_jax.fbank import num_frames, num_tokens, patchify
-from beats_jax.inference import Model, bucket, samples_of
+from beats_jax.inference import Model, bucket, clips_at_once, samples_of
 
 ENCODER, FINETUNED = FIXTURES / "dev_encoder.pt", FIXTURES / "dev_finetuned.pt"
 TOKENIZER = FIXTURES / "dev_tokenizer.pt"
@@ -116,6 +117,25 @@ def test_a_layer_is_that_of_all_layers(encoder, layer):
     one, _ = encoder.extract_features(noise(2, 16000), layer=layer)
     assert layers.shape == (4, 2, 48, 48)
     np.testing.assert_allclose(layers[layer], one, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "length", "size"), [(8, 496, 1), (6, 200, 2), (7, 200, 7)])
+def test_clips_go_through_a_few_at_a_time(batch, length, size):
+    assert clips_at_once(batch, length) == size
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+def test_clip_by_clip_is_the_batch(encoder, layer, monkeypatch):
+    waveform = np.random.default_rng(5).normal(0, 0.1, (4, 8000)).astype(np.float32)
+    mask = np.arange(24) >= np.array([24, 24, 16, 8])[:, None]
+    model: Any = encoder
+    arguments = model._net, model._mean, model._std, model._arrays, waveform, mask
+    whole = jax.jit(lambda: inference.forward.__wrapped__(*arguments, what="features", layer=layer))
+    together = whole()
+    monkeypatch.setattr(inference, "TOKENS_AT_ONCE", 48)
+    apart = jax.jit(lambda: inference.forward.__wrapped__(*arguments, what="features", layer=layer))
+    assert apart().shape == together.shape
+    np.testing.assert_allclose(apart(), together, atol=1e-5)
 
 
 def test_padding_changes_no_class_score_and_no_token(finetuned, tokenizer):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import ROOT, environment, run, tiny_flags
+from runs import ROOT, environment, run, run_forked, tiny_flags
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -50,7 +50,8 @@ def test_wrong_input_is_one_line(tmp_path, changes, wanted):
     (tmp_path / "broken" / "noise.wav").write_bytes(b"this is no sound")
     places = {"EMPTY": tmp_path / "empty", "BROKEN": tmp_path / "broken"}
     changes = {name: places.get(value, value) for name, value in changes.items()}
-    done = run(tiny_flags(tmp_path / "run", **{"input__backend": "numpy", **changes}), devices=2)
+    flags = tiny_flags(tmp_path / "run", **{"input__backend": "numpy", **changes})
+    done = run_forked(flags, tmp_path, devices=2)
     assert wanted in last_line(done)
 
 
@@ -65,6 +66,8 @@ def test_no_config_and_an_unknown_one(tmp_path):
     assert "--config=configs/smoke.py --workdir=/tmp/smoke" in last_line(run([*main]))
     done = run([*main, "--config=configs/iter9.py", f"--workdir={tmp_path}"])
     assert "no config configs/iter9.py; packaged ones: " in last_line(done)
+    done = run([*main, "--config=configs/smoke.py", f"--workdir={tmp_path}", "--num_processes=2"])
+    assert "--num_processes without --coordinator; give" in last_line(done)
     done = run([*main, "--config=my/iter1.py", f"--workdir={tmp_path}"])
     assert "no config my/iter1.py; packaged ones: " in last_line(done)
 

@@ -3,13 +3,11 @@
 import signal
 from typing import Any
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from runs import (
     TINY_ITER2,
     assert_trees_equal,
+    final_state,
     run,
     stop_after,
     tiny_config,
@@ -18,18 +16,6 @@ from runs import (
 )
 
 from beats_jax import train
-
-
-def final_state(workdir, stage="iter1/pretrain", step=8):
-    """Every array of a checkpoint, by item."""
-    folder = workdir / stage / "checkpoints" / str(step)
-    with ocp.PyTreeCheckpointer() as reader:
-        state = {}
-        for item in ("params", "opt_state", "model_state"):
-            tree = reader.metadata(folder / item).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            state[item] = reader.restore(folder / item, restore_args=as_numpy)
-        return state
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Design section 6: what must hold when the same run lies on another mesh or on more processes."""
 
 import functools
-import socket
+import json
 import subprocess
 
 import jax
@@ -14,6 +14,7 @@ from runs import (
     assert_gradients_close,
     assert_trees_equal,
     environment,
+    free_port,
     run,
     tiny_config,
     tiny_flags,
@@ -122,15 +123,22 @@ def test_parameters_lie_as_the_table_says():
     assert moments["fc1"]["kernel"].sharding.spec == P("fsdp", "tensor")
 
 
-def test_a_checkpoint_is_restored_onto_another_mesh_bit_equal(tmp_path):
-    *_, one, _ = build(sharded_config(), 1)
-    *_, many, _ = build(sharded_config(data=2, fsdp=2, tensor=2), 8)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), many)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(one, {})
-        restored = checkpoints.restore(0, like)
-    assert_trees_equal(jax.device_get(restored), jax.device_get(one))
-    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, many)
+def test_a_checkpoint_goes_from_mesh_to_mesh_bit_equal(tmp_path):
+    """1, 2, 4, 8 devices and back, saved on each and restored onto the next."""
+    *_, state, _ = build(sharded_config(), 1)
+    wanted = jax.device_get(state)
+    for data, fsdp, tensor in ((2, 1, 1), (1, 4, 1), (2, 2, 2), (2, 1, 2), (1, 2, 1), (1, 1, 1)):
+        devices = jax.devices()[: data * fsdp * tensor]
+        mesh = sharding.make_mesh(data, fsdp, tensor, devices=devices)
+        where = sharding.tree_shardings(state, mesh)
+        like = jax.tree.map(
+            lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), state, where
+        )
+        with Checkpoints(tmp_path / f"{data}{fsdp}{tensor}") as checkpoints:
+            checkpoints.save(state, {})
+            state = checkpoints.restore(0, like)
+        assert_trees_equal(jax.device_get(state), wanted)
+        assert jax.tree.map(lambda x: x.sharding, state) == where
 
 
 def test_wrong_sizes_say_what_to_set():
@@ -154,15 +162,15 @@ def test_rows_of_the_global_batch():
     assert {shard.data.shape for shard in array.addressable_shards} == {(2, 3)}
 
 
-@pytest.mark.timeout(600)  # three runs, two of them at once
+@pytest.mark.timeout(900)  # three runs, two of them at once
 def test_two_processes_train_as_one(tmp_path):
-    stages = ("iter1/pretrain", "iter2/tokenizer")
+    stages = ("iter1/pretrain", "iter2/tokenizer", "iter1/finetune")
     changes: dict = dict(stages=stages, teacher=FIXTURES / "dev_encoder.pt")
+    changes |= dict(finetune__steps=4, finetune__batch_size=8, finetune__log_every=1)
+    changes |= dict(finetune__eval_every=2, finetune__warmup_steps=1, finetune__visible=0.5)
     done = run(tiny_flags(tmp_path / "one", **changes), devices=2)
     assert done.returncode == 0, done.stderr
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [*tiny_flags(tmp_path / "two", **changes), f"--coordinator=127.0.0.1:{port}",
@@ -172,11 +180,23 @@ def test_two_processes_train_as_one(tmp_path):
         )
         for i in range(2)
     ]  # fmt: skip
-    errors = [process.communicate(timeout=400)[1] for process in processes]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     for stage in stages:
         one, two = (read_metrics(tmp_path / n / stage) for n in ("one", "two"))
         assert [line["step"] for line in one] == [line["step"] for line in two]
-        assert one[0]["code_perplexity"] == two[0]["code_perplexity"]  # the same clips were read
-        assert one[1]["loss"] == pytest.approx(two[1]["loss"], rel=1e-5)
+        if stage != "iter1/finetune":
+            # The same clips were read.
+            assert one[0]["code_perplexity"] == two[0]["code_perplexity"]
+            one, two = one[1:], two[1:]
+        # Fine-tuning starts from weights that are no longer equal to the bit.
+        rel = 1e-3 if stage == "iter1/finetune" else 1e-5
+        assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=rel)
         assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], rel=1e-3)
+    files = [tmp_path / n / "iter1/finetune/results.json" for n in ("one", "two")]
+    results = [json.loads(file.read_text()) for file in files]
+    assert results[0]["steps"].keys() == {"last", "ema", "best", "best_mean"}
+    for name, sets in results[0]["weights"].items():  # of all processes' clips, on every weight set
+        for of in ("val", "test"):
+            wanted = results[1]["weights"][name][of]["loss"]
+            assert sets[of]["loss"] == pytest.approx(wanted, rel=5e-3), (name, of)

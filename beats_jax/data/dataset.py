@@ -62,6 +62,7 @@ class Data(NamedTuple):
             augment = Augment(
                 finetune.roll,
                 finetune.mixup,
+                finetune.mixup_of,
                 finetune.mixup_alpha,
                 train_clips.labels.balanced_cdf() if finetune.balanced_sampling else None,
             )
@@ -124,7 +125,7 @@ def open_data(data: Any, workdir: str | Path) -> tuple[Clips, Clips]:
             f'data.token_ids holds ids of fixed windows, but data.crop is "{data.crop}": set '
             "--config.data.crop=grid, or leave --config.data.token_ids empty"
         )
-    clips = _open(data, workdir)
+    clips = open_source(data, workdir)
     clips = _grid(clips, data) if data.crop == "grid" else clips
     return _split(clips.select(data.filter), data)
 
@@ -137,13 +138,14 @@ def open_labelled(data: Any, task: str, workdir: str | Path) -> tuple[Clips, Cli
 
     Args:
       data: as for `open_data`, and `label`, a metadata column; `classes`, "" for those that occur
-        (see `labels.read_labels`); `test_filter`, rows that are only ever tested ("" = none).
+        (see `labels.read_labels`); `test_filter`, rows that are only ever tested ("" = none);
+        `val_filter`, those to hold out, where the data set says so ("" = `val_fraction`).
       task: "single-label" or "multi-label".
       workdir: the run's.
 
     Raises:
       ValueError: as `open_data`; no such column; a clip without a label, or with one that is not
-        in `classes`; a test filter that leaves nothing to test, or nothing to train on.
+        in `classes`; filters that leave nothing to test, to hold out or to train on.
       FileNotFoundError: `dir` is not there.
     """
     if data.crop != "random":
@@ -155,7 +157,7 @@ def open_labelled(data: Any, task: str, workdir: str | Path) -> tuple[Clips, Cli
         raise ValueError(
             f"data.clip_seconds {data.clip_seconds} holds no token; want 0.175 or more"
         )
-    clips = _open(data, workdir).select(data.filter)
+    clips = open_source(data, workdir).select(data.filter)
     if data.label not in clips.columns:
         raise ValueError(
             f"data.label: no column {data.label!r}; the columns are: "
@@ -173,7 +175,17 @@ def open_labelled(data: Any, task: str, workdir: str | Path) -> tuple[Clips, Cli
             f"all {len(clips)} clips pass data.test_filter {data.test_filter!r}: none is left to "
             "train on; test fewer, as in --config.data.test_filter=fold=5"
         )
-    train, val = _split(clips.select(keep=~test), data)
+    if data.val_filter:
+        val_rows = matches(data.val_filter, clips.columns, len(clips)) & ~test
+        if not val_rows.any() or (test | val_rows).all():
+            raise ValueError(
+                f"data.val_filter {data.val_filter!r} holds out {val_rows.sum()} of "
+                f"{(~test).sum()} clips that are not tested: want some, and some to train on; set "
+                "--config.data.val_filter= to hold out data.val_fraction of them"
+            )
+        val, train = clips.select(keep=val_rows), clips.select(keep=~(test | val_rows))
+    else:
+        train, val = _split(clips.select(keep=~test), data)
     assert train.labels is not None
     missing = [labels.names[i] for i in np.flatnonzero(train.labels.counts() == 0)]
     sizes = (len(train), len(val), int(test.sum()), len(labels.names))
@@ -188,7 +200,8 @@ def open_labelled(data: Any, task: str, workdir: str | Path) -> tuple[Clips, Cli
     return train, val, clips.select(keep=test)
 
 
-def _open(data: Any, workdir: str | Path) -> Clips:
+def open_source(data: Any, workdir: str | Path) -> Clips:
+    """All clips of a config's `data`, before its `filter`; see `open_data`."""
     if data.source == "synthetic":
         return synthetic_clips(data.num_clips, data.clip_seconds, seed=0)
     if data.source == "folder":

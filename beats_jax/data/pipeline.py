@@ -19,17 +19,20 @@ from beats_jax import augment as augmentations
 from beats_jax.data import order
 from beats_jax.data.sources import Clips
 from beats_jax.data.token_store import PADDING
-from beats_jax.fbank import MEAN, MIN_SAMPLES, STD, fbank, patchify
+from beats_jax.fbank import MEAN, MIN_SAMPLES, STD
 
 Batch = dict[str, np.ndarray]
 DTYPES = {
     "waveform": np.int16,
+    "partner": np.int16,  # where log-mels are mixed
+    "share": np.float32,
     "num_samples": np.int32,
     "counter": np.uint32,
     "index": np.int32,
     "token_ids": np.int32,  # where the clips have them
     "labels": np.float32,  # where the clips have them
 }
+WAVEFORMS = ("waveform", "partner", "share")  # what log-mel patches are made of
 Batches = Generator[Batch, None, None]
 T = TypeVar("T")
 
@@ -40,12 +43,14 @@ class Augment(NamedTuple):
     Attributes:
         roll: move each crop in time, by any number of samples.
         mixup: probability that an example is a mixture with another clip, labels included.
+        mixup_of: what is mixed: "waveform" samples, or "log-mel".
         mixup_alpha: of the Beta distribution that a mixture's weight is drawn from.
         cdf: float64 [n], for class-balanced sampling in the place of permutations.
     """
 
     roll: bool = False
     mixup: float = 0.0
+    mixup_of: str = "waveform"
     mixup_alpha: float = 0.8
     cdf: np.ndarray | None = None
 
@@ -91,7 +96,8 @@ def train_batches(
         `patches` float32 [b, L, 256] (host); `num_samples` int32 [b], valid samples of the crop;
         `counter` uint32 [b], the example's number; `index` int32 [b], its position in `clips`;
         `token_ids` int32 [b, L] where `clips` has stored ones, 0 at padding; `labels` float32
-        [b, C] where it has labels: 0 or 1, and in a mixture both clips' weights.
+        [b, C] where it has labels: 0 or 1, and in a mixture both clips' weights;
+        for mixtures of log-mels on the device `partner` (as `waveform`) and `share` float32 [b].
         Closing or dropping it stops its threads. What goes wrong in them is raised here.
     """
     _check(clips, batch_size, clip_samples)
@@ -109,11 +115,22 @@ def train_batches(
         if augment.roll:
             shifts = order.roll_shifts(seed, counters, np.array([len(crop) for crop in crops]))
             crops = list(map(augmentations.roll, crops, shifts))
-        if augment.mixup:
-            crops, labels = _mixtures(clips, augment, seed, counters, crops, labels, clip_samples)
-        return _batch(clips, crops, labels, index, counters, clip_samples)
+        if not augment.mixup:
+            return _batch(clips, crops, labels, index, counters, clip_samples)
+        partners, shares, labels = _partners(clips, augment, seed, counters, labels, clip_samples)
+        if augment.mixup_of == "waveform":
+            crops = list(map(augmentations.mixup, crops, partners, shares))
+            return _batch(clips, crops, labels, index, counters, clip_samples)
+        # Log-mels are mixed where they are made; the mixture is as long as the longer of the two.
+        longest = [max(map(len, pair)) for pair in zip(crops, partners, strict=True)]
+        crops = [np.pad(c, (0, n - len(c))) for c, n in zip(crops, longest, strict=True)]
+        batch = _batch(clips, crops, labels, index, counters, clip_samples)
+        batch["partner"] = _padded(partners, clip_samples)
+        return batch | {"share": shares.astype(np.float32)}
 
     numbers, shapes = range(start, sys.maxsize), _shapes(clips, len(taken), clip_samples)
+    if augment.mixup and augment.mixup_of == "log-mel":
+        shapes |= {"partner": (len(taken), clip_samples), "share": (len(taken),)}
     return _execute(make, numbers, shapes, backend, frontend, mean, std, workers, prefetch)
 
 
@@ -168,27 +185,38 @@ def _crops(
     return crops
 
 
-def _mixtures(
+def _partners(
     clips: Clips,
     augment: Augment,
     seed: int,
     counters: np.ndarray,
-    crops: list[np.ndarray],
     labels: np.ndarray | None,
     clip_samples: int,
-) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """Mixes some examples with partners, which are drawn as if they were examples themselves."""
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray | None]:
+    """What examples are mixed with: other clips, drawn as if they were examples themselves.
+
+    Returns:
+        The partners' crops, empty where nothing is mixed; the examples' own shares, float64 [b];
+        the mixtures' labels.
+    """
     weights = order.mixup_weights(seed, counters, augment.mixup, augment.mixup_alpha)
     cdf = np.arange(1, len(clips) + 1) / len(clips) if augment.cdf is None else augment.cdf
     index = order.weighted_positions(seed, counters, cdf, "mixup/partner")
     index = np.where(weights < 1, index, -1)
     starts = order.crop_starts(seed, counters, clips.num_samples[index], clip_samples, "mixup/crop")
     partners = _crops(clips, index, starts, clip_samples)
-    crops = list(map(augmentations.mixup, crops, partners, weights))
     if clips.labels is not None and labels is not None:
         share = weights.astype(np.float32)[:, None]
         labels = share * labels + (1 - share) * clips.labels.multi_hot(index)
-    return crops, labels
+    return partners, weights, labels
+
+
+def _padded(crops: list[np.ndarray], clip_samples: int) -> np.ndarray:
+    """int16 [b, clip_samples]: the crops, followed by zeros."""
+    waveform = np.zeros((len(crops), clip_samples), np.int16)
+    for row, crop in zip(waveform, crops, strict=True):
+        row[: len(crop)] = crop
+    return waveform
 
 
 def _batch(
@@ -200,14 +228,11 @@ def _batch(
     clip_samples: int,
 ) -> Batch:
     """Crops, padded with zeros, and what belongs to them; rows whose index is -1 stay empty."""
-    waveform = np.zeros((len(index), clip_samples), np.int16)
     num_samples = np.array([len(crop) for crop in crops], np.int32)
-    for row, crop in zip(waveform, crops, strict=True):
-        row[: len(crop)] = crop
     if labels is not None:  # a labelled clip is never dropped: a short one is padded to one token
         num_samples = np.where(index >= 0, np.maximum(num_samples, MIN_SAMPLES), 0)
     batch = {
-        "waveform": waveform,
+        "waveform": _padded(crops, clip_samples),
         "num_samples": num_samples.astype(np.int32),
         "counter": counters.astype(np.uint32),
         "index": index.astype(np.int32),
@@ -253,7 +278,8 @@ def _execute(
 
     def finish(batch: dict[str, Any]) -> dict[str, Any]:
         if frontend == "host":
-            batch["patches"] = patchify(fbank(batch.pop("waveform"), mean, std))
+            batch["patches"] = augmentations.log_mel_patches(batch, mean, std)
+            batch = {name: x for name, x in batch.items() if name not in WAVEFORMS}
         return batch
 
     if backend == "numpy":

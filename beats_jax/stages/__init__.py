@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beats_jax.fbank import fbank, patchify
+from beats_jax.augment import log_mel_patches
 from beats_jax.models.beats import PRESETS, BEATs
 
 Batch = Mapping[str, jax.Array]
@@ -116,7 +116,7 @@ def batch_patches(batch: Batch, mean: float, std: float) -> jax.Array:
     """The batch's log-mel patches [B, L, 256]: the host's if it made them, else computed here."""
     if "patches" in batch:
         return batch["patches"]
-    return patchify(fbank(batch["waveform"], mean=mean, std=std))
+    return log_mel_patches(batch, mean, std)
 
 
 def model_arguments(config: Any) -> dict[str, Any]:

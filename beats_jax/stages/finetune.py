@@ -24,6 +24,7 @@ from beats_jax.fbank import SAMPLE_RATE, num_tokens
 from beats_jax.flops import encoder_flops
 from beats_jax.labels import Labels
 from beats_jax.losses import binary_cross_entropy, soft_cross_entropy
+from beats_jax.masking import random_masking
 from beats_jax.metrics import Mean
 from beats_jax.models.beats import BEATs, dense, depths, token_padding_mask
 from beats_jax.stages import (
@@ -54,6 +55,7 @@ RANGES = {
     "label_smoothing": (0.0, 1.0),
     "mixup": (0.0, 1.0),
     "mixup_alpha": (1e-3, 1e3),
+    "visible": (0.01, 1.0),
     "spec_augment.time_share": (0.0, 1.0),
     "spec_augment.frequency_share": (0.0, 1.0),
 }
@@ -83,6 +85,7 @@ def make(
     class_weights: np.ndarray | None = None,
     head_dropout: float = 0.0,
     masks: SpecAugment = NO_MASKS,
+    keep: float = 1.0,
     trained_layers: int = -1,
     flops_per_clip: float = 0.0,
 ) -> Stage:
@@ -97,6 +100,9 @@ def make(
       class_weights: float32 [C], weights of the classes in the loss; None = all 1.
       head_dropout: of the features that the head sees.
       masks: SpecAugment.
+      keep: share of the patches that the encoder sees while it trains, drawn anew for every
+        example (patchout: Koutini et al., Interspeech 2022): 0.25 is what pre-training showed it,
+        for a third of the cost. It is always tested on all patches.
       trained_layers: train only the head and this many layers from the top; -1 = everything.
       flops_per_clip: analytic cost of one training step per clip, for MFU.
     """
@@ -105,12 +111,13 @@ def make(
         dense(num_classes, encoder.embed_dim, "head", jnp.float32),
     )
 
-    def forward(params, patches, padding_mask, rngs=None):
+    def forward(params, patches, padding_mask, visible=None, rngs=None):
         deterministic = rngs is None
         x: Any = encoder.apply(
             {"params": params["encoder"]},
             patches,
             padding_mask,
+            visible=visible,
             deterministic=deterministic,
             rngs=rngs,
         )
@@ -118,7 +125,8 @@ def make(
             {}, jnp.asarray(x, jnp.float32), deterministic=deterministic, rngs=rngs
         )
         # Padded patches are zeros. The head is linear: logits of the mean = mean of the logits.
-        count = jnp.sum(~padding_mask, axis=1, dtype=jnp.float32)
+        seen = ~padding_mask if visible is None else visible.valid
+        count = jnp.sum(seen, axis=1, dtype=jnp.float32)
         pooled = jnp.sum(x, axis=1) / jnp.maximum(count, 1)[:, None]
         logits: Any = head.apply({"params": params["head"]}, pooled)
         return logits, count > 0
@@ -156,10 +164,14 @@ def make(
         patches = batch_patches(batch, mean, std)
         patches = masked(patches, batch["num_samples"], batch["counter"], rng, masks)
         padding_mask = token_padding_mask(batch["num_samples"], patches.shape[1])
+        visible = None
+        if keep < 1:
+            noise = example_noise(named_key(rng, "visible"), batch["counter"], patches.shape[1])
+            visible, _ = random_masking(noise, padding_mask, keep)
         # The first example's counter tells micro-batches of one step apart.
         dropout = jax.random.fold_in(named_key(rng, "dropout"), batch["counter"][0])
         rngs = {"dropout": dropout, "layerdrop": named_key(rng, "layerdrop")}
-        logits, valid = forward(trained(params), patches, padding_mask, rngs)
+        logits, valid = forward(trained(params), patches, padding_mask, visible, rngs)
         _, metrics = measure(logits, batch["labels"], valid, label_smoothing, class_weights)
         return *metrics["loss"], ({}, metrics)
 
@@ -236,8 +248,13 @@ def from_config(config: Any, labels: Labels) -> tuple[Stage, dict[str, Any]]:
         value = functools.reduce(getattr, field.split("."), section)
         if not low <= value <= high:
             raise ValueError(f"finetune.{field} is {value}; want {low:g} to {high:g}")
+    if section.mixup_of not in ("waveform", "log-mel"):
+        raise ValueError(
+            f'finetune.mixup_of "{section.mixup_of}" is unknown; use "waveform" or "log-mel"'
+        )
     model, num_classes = BEATs(**model_arguments(config)), len(labels.names)
     tokens = int(num_tokens(round(config.data.clip_seconds * SAMPLE_RATE)))
+    seen, head_flops = round(section.visible * tokens), 2 * model.embed_dim * num_classes
     stage = make(
         model,
         num_classes,
@@ -248,7 +265,8 @@ def from_config(config: Any, labels: Labels) -> tuple[Stage, dict[str, Any]]:
         class_weights=inverse_frequency(labels.counts()) if section.class_weights else None,
         head_dropout=section.head_dropout,
         masks=SpecAugment(**section.spec_augment),
+        keep=section.visible,
         trained_layers=section.trained_layers,
-        flops_per_clip=3 * (encoder_flops(model, tokens) + 2 * model.embed_dim * num_classes),
+        flops_per_clip=3 * (encoder_flops(model, tokens, seen) + head_flops),
     )
     return stage, {}

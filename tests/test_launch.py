@@ -324,7 +324,8 @@ def test_sbatch_finds_its_options():
     lines = (LAUNCH / "slurm.sh").read_text().splitlines()
     options = [line for line in lines[1:] if line.startswith("#SBATCH ")]
     assert lines[1 : 1 + len(options)] == options
-    given = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in options)
+    parts = (line.removeprefix("#SBATCH --").partition("=") for line in options)
+    given = {name: value for name, _, value in parts}
     assert "requeue" in given and given["signal"].startswith("B:USR1@")
     assert given["ntasks-per-node"] == given["gpus-per-node"] and given["open-mode"] == "append"
 

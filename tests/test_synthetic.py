@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from beats_jax.data.sources import list_source
+from beats_jax.data.sources import list_source, write_folds
 from beats_jax.data.synthetic import (
     AUDIOSET_NAMES,
     EVENTS,
@@ -94,3 +94,16 @@ def test_a_fake_audioset_has_both_splits_all_classes_and_gaps(tmp_path):
     assert names["balanced_train"] == names["eval"] == set(AUDIOSET_NAMES.values())
     assert set(AUDIOSET_NAMES) == set(EVENTS)
     assert listing.notes[0].startswith("balanced_train_segments.csv: 45 of 56 segments have a clip")
+
+
+def test_folds_for_a_folder_that_has_none(tmp_path):
+    files = write_folder(tmp_path / "sounds", 70, seconds=0.2)
+    (tmp_path / "sounds" / "metadata.csv").unlink()
+    listing = list_source(write_folds(tmp_path / "sounds", tmp_path / "a" / "folds.csv", folds=5))
+    assert set(listing.paths) == set(files)
+    pairs = zip(listing.columns["category"], listing.columns["fold"], strict=True)
+    assert len(set(pairs)) == 14 * 5  # five clips a class, one in each fold
+    again = write_folds(tmp_path / "sounds", tmp_path / "b.csv", seed=0)
+    assert again.read_text() == (tmp_path / "a" / "folds.csv").read_text()
+    with pytest.raises(ValueError, match="'species'; the columns are: category"):
+        write_folds(tmp_path / "sounds", tmp_path / "c.csv", label="species")

@@ -77,7 +77,7 @@ def test_is_committed_clean_and_installs_the_package_first(path):
 
 
 def test_there_is_one_for_each_purpose():
-    assert {"evaluate", "use"} <= {path.stem for path in NOTEBOOKS}
+    assert [path.stem for path in NOTEBOOKS] == ["evaluate", "finetune", "loop", "use"]
 
 
 # --- use and evaluate, with the official code's tiny random models --------------------------------

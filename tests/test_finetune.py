@@ -403,14 +403,16 @@ def test_rates_scale_adams_steps_and_the_average_is_the_formula():
 
 @pytest.fixture(scope="module")
 def built():
-    """One compiled step, and the state before it."""
+    """One compiled step, and what makes the state before it: a step uses it up."""
     config = config_of(finetune__steps=60, finetune__lr=5e-3, finetune__mixup=0.0)
     stage, data, state, step = build(config)
-    return stage, data, jax.device_get(state), step
+    start = jax.device_get(state), jax.tree.map(lambda x: x.sharding, state)
+    return stage, data, functools.partial(jax.device_put, *start), step
 
 
 def test_loss_falls_on_one_repeated_batch(built):
-    _, data, state, step = built
+    _, data, make_state, step = built
+    state = make_state()
     batch, figures = next(data.training(0)), []
     for _ in range(60):
         state, sums = step(state, {}, batch)
@@ -421,7 +423,8 @@ def test_loss_falls_on_one_repeated_batch(built):
 
 
 def test_padding_changes_nothing(built):
-    stage, _, state, _ = built
+    stage, _, make_state, _ = built
+    state = make_state()
     rng = np.random.default_rng(0)
     lengths = np.array([8000, 2800, 16000, 5000], np.int32)
     waveform = (rng.standard_normal((4, 16000)) * 3000).astype(np.int16)

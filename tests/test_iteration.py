@@ -1,5 +1,6 @@
 """The iterations: distilled tokenizers, their teachers, stored tokens, lineage, official files."""
 
+import functools
 import json
 from typing import Any
 
@@ -43,15 +44,25 @@ def iteration(name="iter2", **overrides):
 # --- distillation ---------------------------------------------------------------------------------
 
 
-def test_distillation_learns_a_repeated_batch():
+@pytest.fixture(scope="module")
+def distilling():
+    """One compiled step, and what makes the state before it: a step uses it up."""
     config = tiny_config(**NUMPY, tokenizer__steps=60, tokenizer__lr=2e-3)
     teacher = pretrained.load_model(TEACHER)
     stage, frozen, data, state, step = build(config, name="tokenizer", given=teacher)
+    start = jax.device_get(state), jax.tree.map(lambda x: x.sharding, state)
+    return stage, frozen, data, functools.partial(jax.device_put, *start), step
+
+
+def test_distillation_learns_a_repeated_batch(distilling):
+    stage, frozen, data, make_state, step = distilling
+    state = make_state()
     assert stage.calibrate is not None
     model_state, report = stage.calibrate(
         state.params, state.model_state, frozen, [next(data.calibration())], jax.random.key(0)
     )
     assert report["kmeans_vectors"] > 100 and report["codes_used"] == 32
+    model_state = jax.device_put(model_state, jax.tree.map(lambda x: x.sharding, state.model_state))
     state, batch = state._replace(model_state=model_state), next(data.training(0))
     figures = []
     for _ in range(60):
@@ -93,12 +104,10 @@ def doubled(frozen):
     return {**frozen["teacher"], "head": head}
 
 
-def test_two_teachers_one_compilation():
-    teacher = pretrained.load_model(TEACHER)
-    config = tiny_config(**NUMPY)
-    _, frozen, data, state, step = build(config, name="tokenizer", given=teacher)
+def test_two_teachers_one_compilation(distilling):
+    _, frozen, data, make_state, step = distilling
     other = jax.tree.map(lambda x: x * 1.01, frozen)
-    batches = data.training(0)
+    batches, state = data.training(0), make_state()
     state, first = step(state, frozen, next(batches))
     state, second = step(state, other, next(batches))
     assert step._cache_size() == 1 and first["finite"] and second["finite"]

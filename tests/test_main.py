@@ -1,6 +1,7 @@
 """The command line of training: what a user gets wrong ends in one clear line and exit code 2."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -76,18 +77,19 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
     """RLIMIT_FSIZE stands for the disk: pictures (150 KB) still fit, the parameters do not."""
     flags = tiny_flags(tmp_path, input__backend="numpy", pretrain__steps=4)
     assert run(flags).returncode == 0
-    stage = tmp_path / "iter1" / "pretrain"
-    kept = sorted(p.name for p in (stage / "checkpoints").iterdir())
-    more = tiny_flags(tmp_path, input__backend="numpy", pretrain__steps=6)
+    checkpoints = tmp_path / "iter1" / "pretrain" / "checkpoints"
+    shutil.rmtree(checkpoints / "4")  # as if it had been killed after step 3
+    kept = sorted(p.name for p in checkpoints.iterdir())
     limited = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000,) * 2);"
     done = subprocess.run(
-        [sys.executable, "-c", f"{limited} os.execv(sys.executable, sys.argv[1:])", *more],
-        env=environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+        [sys.executable, "-c", f"{limited} os.execv(sys.executable, sys.argv[1:])", *flags],
+        # What the first run compiled is read; nothing half written may get into the shared cache.
+        env=environment() | {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": str(10**12)},
         cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=240,
     )  # fmt: skip
     assert "could not be written" in last_line(done)
-    assert set(kept) <= {p.name for p in (stage / "checkpoints").iterdir()}
-    assert run(more).returncode == 0  # with room again, from the checkpoint that was left
+    assert set(kept) <= {p.name for p in checkpoints.iterdir()}
+    assert run(flags).returncode == 0  # with room again, from the checkpoint that was left
 
 
 def test_a_packaged_config_is_found_from_any_directory(tmp_path):

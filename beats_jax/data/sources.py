@@ -369,3 +369,44 @@ def _read_rows(path: Path) -> Sequence[dict[str, str]]:
 
 def _text(value: Any) -> str:
     return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def write_folds(
+    source: str | os.PathLike[str],
+    manifest: str | os.PathLike[str],
+    label: str = "category",
+    folds: int = 5,
+    seed: int = 0,
+) -> Path:
+    """Writes a manifest of a source that has no folds: with a column `fold`, "1" to "5".
+
+    Every fold gets its share of every class. Clips of one recording or one speaker should share a
+    fold; this knows nothing of them: where you do, write the column yourself.
+
+    Args:
+        source: as for `list_source`.
+        manifest: the .csv to write; a source itself.
+        label: the column of the class.
+        folds: how many, at least 2.
+        seed: of the draw.
+
+    Raises:
+        FileNotFoundError, ValueError: as `list_source`; no such column.
+    """
+    listing, rng = list_source(source), np.random.default_rng(seed)
+    if label not in listing.columns or folds < 2:
+        known = ", ".join(listing.columns) or "none"
+        raise ValueError(f"{source}: {folds} folds by column {label!r}; the columns are: {known}")
+    cells, fold = np.array(listing.columns[label]), np.zeros(len(listing.ids), np.int64)
+    for name in np.unique(cells):
+        rows = rng.permutation(np.flatnonzero(cells == name))
+        fold[rows] = 1 + (np.arange(len(rows)) + rng.integers(folds)) % folds
+    columns = {**listing.columns, "fold": [str(k) for k in fold]}
+    manifest = Path(manifest)
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    with manifest.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["filename", *columns])
+        paths = [str(path.absolute()) for path in listing.paths]
+        table.writerows(zip(paths, *columns.values(), strict=True))
+    return manifest

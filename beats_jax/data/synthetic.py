@@ -6,13 +6,17 @@ in the others a mixture of several; always over coloured noise. So a masked patc
 from the visible ones, but not from its own place alone.
 """
 
+import csv
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from beats_jax.data.sources import Clips
 from beats_jax.fbank import SAMPLE_RATE
+from beats_jax.labels import audioset
 
 Rng = np.random.Generator
 
@@ -229,3 +233,80 @@ EVENTS: dict[str, Callable[[Rng, int], np.ndarray]] = {
     "drum": _drum,
     "wind": _wind,
 }
+
+
+# --- on disk, for whoever reads audio from folders ------------------------------------------------
+
+# What AudioSet calls these events; not all of them are perfectly that.
+AUDIOSET_NAMES = {
+    "chirp_up": "Chirp tone",
+    "chirp_down": "Chirp tone",
+    "am_tone": "Sine wave",
+    "siren": "Siren",
+    "noise_bursts": "White noise",
+    "clicks": "Clicking",
+    "trill": "Bird vocalization, bird call, bird song",
+    "voice": "Speech",
+    "bell": "Bell",
+    "engine": "Engine",
+    "rain": "Rain",
+    "drum": "Drum",
+    "wind": "Wind",
+}
+
+
+def write_folder(
+    folder: str | os.PathLike[str], num_clips: int, seconds: float = 2.0, seed: int = 0
+) -> list[Path]:
+    """Writes `synthetic_clips` as a person's folder of audio: a sub-folder of .wav for each class.
+
+    `metadata.csv` beside them has the columns of the clips, and `filename`. What is there already
+    is written again, the same.
+
+    Returns:
+        The files, in the order of the clips.
+    """
+    clips, folder = synthetic_clips(num_clips, seconds, seed), Path(folder)
+    names = [f"{c}/{i}.wav" for c, i in zip(clips.columns["category"], clips.ids, strict=True)]
+    _write_wavs(clips, [folder / name for name in names])
+    with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["filename", *clips.columns])
+        rows.writerows(zip(names, *clips.columns.values(), strict=True))
+    return [folder / name for name in names]
+
+
+def write_audioset(
+    folder: str | os.PathLike[str], num_clips: int = 98, seconds: float = 2.0, seed: int = 0
+) -> None:
+    """Writes a tiny fake copy of AudioSet: its segment lists, and clips named by their videos.
+
+    Two of three clips are `balanced_train`, the third is `eval`; as in a real copy, some videos
+    are gone: every 5th segment has no clip.
+    """
+    clips, folder = synthetic_clips(num_clips, seconds, seed), Path(folder)
+    mids = {name: mid for mid, name in audioset().items()}
+    videos = [f"fake_{i:06d}" for i in range(num_clips)]
+    lists = {
+        "balanced_train": [row for row in range(num_clips) if row % 3],
+        "eval": [row for row in range(num_clips) if not row % 3],
+    }
+    there = np.arange(num_clips) % 5 > 0
+    paths = [folder / "audio" / f"Y{videos[row]}.wav" for row in np.flatnonzero(there)]
+    _write_wavs(clips.select(keep=there), paths)
+    for split, rows in lists.items():
+        lines = ["# YTID, start_seconds, end_seconds, positive_labels"]
+        for row in rows:
+            events = clips.columns["events"][row].split("|")
+            labels = ",".join(sorted({mids[AUDIOSET_NAMES[event]] for event in events}))
+            lines.append(f'{videos[row]}, 0.000, {seconds:.3f}, "{labels}"')
+        (folder / f"{split}_segments.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_wavs(clips: Clips, paths: Sequence[Path]) -> None:
+    import soundfile
+
+    for row, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (waveform,) = clips.fetch(np.array([row]))
+        soundfile.write(path, waveform, SAMPLE_RATE)

@@ -204,7 +204,7 @@ def test_install_run_log_and_stop_on_a_worker(gcloud, fakes, tmp_path):
     assert (worker / "beats_jax" / "setup.py").read_text() == (ROOT / "setup.py").read_text()
     assert not (worker / "beats_jax" / ".git").exists()
 
-    flags_of_main = ("--config=configs/iter1.py", "--workdir=gs://bucket/a b")
+    flags_of_main = ("--config=configs/iter1.py", "--workdir=/mnt/beats/a b")
     assert bash("tpu_pod.sh", "run", *SLICE, "--", *flags_of_main).returncode == 0
     wait_for(tmp_path / "up")
     started = [w for w in calls(tmp_path) if w[0] == "train"]
@@ -221,7 +221,7 @@ def test_install_run_log_and_stop_on_a_worker(gcloud, fakes, tmp_path):
 
 @pytest.mark.parametrize("command", ["create", "install", "run", "log", "stop", "delete"])
 def test_a_dry_run_prints_the_commands_and_runs_none(gcloud, tmp_path, command):
-    main = ("--config=configs/iter1.py", "--workdir=gs://bucket/W") if command == "run" else ()
+    main = ("--config=configs/iter1.py", "--workdir=/mnt/beats/W") if command == "run" else ()
     done = bash("tpu_pod.sh", command, *SLICE, "--dry-run", "--", *main)
     assert done.returncode == 0, done.stderr
     printed = [line for line in done.stderr.splitlines() if line.startswith("+ ")]

@@ -176,13 +176,13 @@ class Series:
             time.sleep(0.005)
 
     def spoil(self, checkpoint: Path) -> None:
-        """Cuts or deletes one file of arrays."""
-        files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.parent.name == "d")
-        file = self.random.choice(files)
+        """Cuts or deletes the largest file of an item's arrays."""
+        item = checkpoint / self.random.choice(("params", "opt_state"))
+        file = max((p for p in item.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
         if self.random.random() < 0.5:
             file.unlink()
         else:
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+            file.write_bytes(file.read_bytes()[:100])
 
 
 def wait(started: list) -> list[int]:

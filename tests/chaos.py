@@ -98,7 +98,12 @@ class Series:
     def finish(self, run: Path, processes: int) -> None:
         """Runs undisturbed to the end, starting anew when a process says so (a slow machine)."""
         for _ in range(3):
-            codes = wait(self.start(run, processes))
+            started = self.start(run, processes)
+            try:
+                codes = wait(started)
+            finally:
+                for process in started:
+                    process.kill()
             if codes == [0] * processes:
                 return
             assert TRY_AGAIN in codes, self.told(codes)

@@ -98,7 +98,12 @@ class Series:
     def finish(self, run: Path, processes: int) -> None:
         """Runs undisturbed to the end, starting anew when a process says so (a slow machine)."""
         for _ in range(3):
-            codes = wait(self.start(run, processes))
+            started = self.start(run, processes)
+            try:
+                codes = wait(started)
+            finally:
+                for process in started:
+                    process.kill()
             if codes == [0] * processes:
                 return
             assert TRY_AGAIN in codes, self.told(codes)
@@ -176,13 +181,13 @@ class Series:
             time.sleep(0.005)
 
     def spoil(self, checkpoint: Path) -> None:
-        """Cuts or deletes one file of arrays."""
-        files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.parent.name == "d")
-        file = self.random.choice(files)
+        """Cuts or deletes the largest file of an item's arrays."""
+        item = checkpoint / self.random.choice(("params", "opt_state"))
+        file = max((p for p in item.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
         if self.random.random() < 0.5:
             file.unlink()
         else:
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+            file.write_bytes(file.read_bytes()[:100])
 
 
 def wait(started: list) -> list[int]:

@@ -11,6 +11,10 @@ import jax
 EXPLICIT = "--coordinator=HOST:PORT (of process 0) --num_processes=N --process_id=0…N-1"
 
 
+class NotMet(OSError):
+    """The processes of a run did not find each other in time."""
+
+
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Joins the processes of a run; nothing to do where no flag is given.
 
@@ -22,7 +26,7 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
 
     Raises:
       ValueError: flags that do not belong together, or no cluster that jax knows.
-      OSError: the others did not come.
+      NotMet: the others did not come.
     """
     numbers = {"--num_processes": num_processes, "--process_id": process_id}
     given = [name for name, value in numbers.items() if value is not None]
@@ -52,9 +56,7 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
             f"give {EXPLICIT}"
         ) from error
     except RuntimeError as error:  # JaxRuntimeError: no answer in time
-        raise OSError(
-            f"--coordinator={coordinator}: the processes did not meet: {error}"
-        ) from error
+        raise NotMet(f"--coordinator={coordinator}: the processes did not meet: {error}") from error
 
 
 def _check_explicit(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
@@ -71,13 +73,15 @@ def _check_explicit(coordinator: str, num_processes: int | None, process_id: int
 
 
 def lost_peer(error: BaseException | None) -> bool:
-    """Whether an error says that another process is gone, or the network to it: try again.
+    """Whether an error says that another process is gone, or never came: try again.
 
     A collective or a barrier that fails is an error of JAX's runtime, whatever it was wrapped in.
     One of this process's own, that a restart would only meet again, differs by its status code.
     """
     own = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
     while error is not None:
+        if isinstance(error, NotMet):
+            return True
         if isinstance(error, jax.errors.JaxRuntimeError):
             return jax.process_count() > 1 and not str(error).startswith(own)
         error = error.__cause__ or error.__context__

@@ -121,7 +121,8 @@ class PositionalConv(nn.Module):
 
     Where K of L tokens are present the sum over them counts L / K times, as in (inverted) dropout:
     its mean is that over the whole grid, which a model that trains on a part is used on. Without
-    this, features of whole clips are off (README, "Results").
+    this, a small classifier that was trained on a quarter of the patches had 47.5 % of ESC-10's
+    first fold right on whole clips; with the sum on whole clips scaled to what it knew, 71 %.
 
     The kernel's own transform costs most of it for a single clip (base, 10 s, one core: 0.21
     CPU-seconds, directly 0.11), so a CPU convolves one or two clips directly where no gradient

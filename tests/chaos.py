@@ -131,7 +131,7 @@ class Series:
         checkpoints = run / stage / "checkpoints"
         try:
             if fault != "full disk":
-                self.until(lambda: logged(run / stage) >= step, started)
+                self.until(trains_past(run / stage, step), started)
             if fault == "kill in a save":
                 self.until(lambda: any(checkpoints.glob("*.orbax-checkpoint-tmp*")), started)
             if fault == "damage":  # there has to be one to fall back to
@@ -194,6 +194,24 @@ def wait(started: list) -> list[int]:
     """The exit codes; a process that does not end is the failure looked for."""
     end = time.monotonic() + PATIENCE
     return [process.wait(timeout=max(end - time.monotonic(), 1)) for process in started]
+
+
+def trains_past(folder: Path, step: int) -> Callable[[], bool]:
+    """Asks whether a run that starts now has logged a step of its own, and got as far as `step`.
+
+    What an earlier start has logged is there from the beginning; a fault at that time would come
+    before the processes have met.
+    """
+    path, now, least = folder / "metrics.jsonl", time.time(), [sys.maxsize]
+
+    def asked() -> bool:
+        if not path.exists() or path.stat().st_mtime < now:
+            return False
+        last = logged(folder)
+        least[0] = min(least[0], last)  # where the log was cut back to
+        return last > least[0] and last >= step
+
+    return asked
 
 
 def logged(folder: Path) -> int:

@@ -8,7 +8,8 @@ from chaos import chaos
 from runs import ROOT
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_four_faults_on_two_processes_change_nothing(tmp_path):
     faults = ("kill in a save", "stop", "hang", "damage")
     done = chaos(tmp_path, rounds=4, processes=2, seed=1, faults=faults)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import jax
 
+# Whose failures say that a peer is gone, also where a checkpoint's writer tells them as its own.
+COLLECTIVES = ("Gloo ", "NCCL ", "coordination service", "CoordinationService")
 EXPLICIT = "--coordinator=HOST:PORT (of process 0) --num_processes=N --process_id=0…N-1"
 
 
@@ -81,6 +83,8 @@ def lost_peer(error: BaseException | None) -> bool:
     own = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
     while error is not None:
         if isinstance(error, NotMet):
+            return True
+        if jax.process_count() > 1 and any(name in str(error) for name in COLLECTIVES):
             return True
         if isinstance(error, jax.errors.JaxRuntimeError):
             return jax.process_count() > 1 and not str(error).startswith(own)

@@ -1,4 +1,4 @@
-"""Two iterations of a small model on folders of real audio: 80 minutes on two CPU cores.
+"""Two iterations of a small model on folders of real audio: an hour on two busy CPU cores.
 
     beats-jax stats PREPARED…   # the mean and std below are those of ESC-50's and RAVDESS's clips
     python -m beats_jax.main --config=configs/local_esc50.py --workdir=runs/local \

@@ -83,6 +83,7 @@ def test_which_errors_mean_that_a_process_is_lost(monkeypatch):
     assert not hosts.lost_peer(gloo)  # a single process has nobody to lose
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert hosts.lost_peer(gloo) and hosts.lost_peer(wrapped)
+    assert hosts.lost_peer(ValueError(str(gloo)))  # as Orbax tells of it
     assert hosts.lost_peer(hosts.NotMet("they did not meet"))
     for own in (Lost("RESOURCE_EXHAUSTED: Out of memory"), OSError("no space left"), None):
         assert not hosts.lost_peer(own)

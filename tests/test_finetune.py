@@ -449,7 +449,8 @@ def test_padding_changes_nothing(built):
 
 
 def test_patchout_hides_patches_in_training_alone(built):
-    stage, data, state, _ = built
+    stage, data, make_state, _ = built
+    state = make_state()
     quarter = build(config_of(finetune__visible=0.25, finetune__head_dropout=0.0))[0]
     batch = next(data.training(0))
     for mine, wanted in zip(
@@ -704,7 +705,7 @@ def test_it_is_a_teacher_and_a_start_with_more_classes(workdir):
     tx, _ = optim.make_optimizer(config.finetune, config.adamw)
     init = start.state_maker(stage, tx, config.seed, data.clip_samples)
     like = start.abstract_state(init, mesh)
-    none = type("None", (), {"latest_step": lambda self: None})()
+    none = type("None", (), {"newest_intact": lambda self, like: None})()
     started, restored = start.starting_state(config, init, like, none, meta, teacher)  # pyright: ignore
     assert not restored
     np.testing.assert_array_equal(

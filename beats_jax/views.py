@@ -98,7 +98,7 @@ def plot_class_scores(
         axis.grid(False)
         scores = probs[:, best].T
         image = axis.pcolormesh(edges, np.arange(len(best) + 1), scores, cmap="Blues", vmin=0)
-        axis.set_yticks(np.arange(len(best)) + 0.5, [labels[i] for i in best])
+        axis.set_yticks(np.arange(len(best)) + 0.5, [labels[int(i)] for i in best])
         axis.invert_yaxis()
         axis.set(xlabel="time (s)", title=f"Classes in time ({len(spans)} windows)")
         figure.colorbar(image, ax=axis, label="probability", pad=0.01)
@@ -121,11 +121,11 @@ def plot_map(
     """
     import matplotlib
 
-    labels = np.asarray(labels)
+    classes = np.asarray(labels)
     if any(np.shape(points) != (len(labels), 2) for points in maps.values()):
         shapes = ", ".join(str(np.shape(points)) for points in maps.values())
         raise ValueError(f"got {shapes} for {len(labels)} labels; wanted [N, 2] each")
-    names, counts = np.unique(labels, return_counts=True)
+    names, counts = np.unique(classes, return_counts=True)
     shown = np.sort(names[np.argsort(-counts, kind="stable")[:MAX_CLASSES]])
     colours = matplotlib.colormaps["tab20"](np.arange(len(shown)))
     with _style():
@@ -133,12 +133,12 @@ def plot_map(
         for axis, (name, points) in zip(axes, maps.items(), strict=True):
             axis.grid(False)
             points = np.asarray(points, np.float64)
-            other = points[~np.isin(labels, shown)]
+            other = points[~np.isin(classes, shown)]
             if len(other):
                 axis.scatter(*other.T, s=9, color=GREY, alpha=0.5, label="other")
             for i, (label, colour) in enumerate(zip(shown, colours, strict=True)):
                 look: dict[str, Any] = dict(color=colour, marker=MARKERS[i % len(MARKERS)])
-                axis.scatter(*points[labels == label].T, s=16, linewidth=0, label=label, **look)
+                axis.scatter(*points[classes == label].T, s=16, linewidth=0, label=label, **look)
             axis.set(title=f"{title}: {name}" if title else name, xticks=[], yticks=[])
         axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=1.4)
         _save(figure, path)

@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.export
@@ -155,7 +156,8 @@ def test_pretraining_step_exports_for_accelerators(size):
         "num_samples": jax.ShapeDtypeStruct((2,), np.int32),
         "counter": jax.ShapeDtypeStruct((2,), np.uint32),
     }
-    export = jax.export.export(training.step, platforms=("tpu", "cuda"))
+    step: Any = training.step
+    export = jax.export.export(step, platforms=("tpu", "cuda"))
     exported = export(training.like, training.frozen, batch)
     assert exported.platforms == ("tpu", "cuda")
     state, _ = jax.tree.unflatten(exported.out_tree, exported.out_avals)

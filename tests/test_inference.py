@@ -130,10 +130,11 @@ def test_clip_by_clip_is_the_batch(encoder, layer, monkeypatch):
     mask = np.arange(24) >= np.array([24, 24, 16, 8])[:, None]
     model: Any = encoder
     arguments = model._net, model._mean, model._std, model._arrays, waveform, mask
-    whole = jax.jit(lambda: inference.forward.__wrapped__(*arguments, what="features", layer=layer))
+    forward: Any = inference.forward
+    whole = jax.jit(lambda: forward.__wrapped__(*arguments, what="features", layer=layer))
     together = whole()
     monkeypatch.setattr(inference, "TOKENS_AT_ONCE", 48)
-    apart = jax.jit(lambda: inference.forward.__wrapped__(*arguments, what="features", layer=layer))
+    apart = jax.jit(lambda: forward.__wrapped__(*arguments, what="features", layer=layer))
     assert apart().shape == together.shape
     np.testing.assert_allclose(apart(), together, atol=1e-5)
 

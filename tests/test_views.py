@@ -58,7 +58,7 @@ def test_class_scores_lie_where_their_windows_are(tmp_path, drawn):
 def test_a_map_has_every_point_once_and_the_rarest_classes_as_other(tmp_path, drawn):
     labels = np.repeat([f"class {i:02d}" for i in range(23)], range(30, 7, -1))
     points = np.random.default_rng(0).normal(size=(len(labels), 2))
-    views.plot_map({"PCA": points, "t-SNE": -points}, labels, tmp_path / "m.png", "clips")
+    views.plot_map({"PCA": points, "t-SNE": -points}, list(labels), tmp_path / "m.png", "clips")
     first, second = drawn[0].axes
     assert first.get_title(loc="left") == "clips: PCA"
     names = [text.get_text() for text in second.get_legend().get_texts()]

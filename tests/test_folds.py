@@ -8,7 +8,6 @@ import pytest
 from runs import tiny_config
 
 from beats_jax import folds, train
-from beats_jax.data import dataset
 
 FOLDS = {
     "input__backend": "numpy",
@@ -96,4 +95,3 @@ def test_folds_are_in_numbers_order(monkeypatch):
     monkeypatch.setattr(folds, "open_source", lambda data, workdir: Ten())
     assert folds.fold_values(tiny_config(**FOLDS).data, "") == [str(n) for n in range(1, 12)]
     assert folds.fold_name("cv", "a/b") == "cva_b"
-    assert dataset.open_source is not folds.open_source

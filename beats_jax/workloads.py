@@ -7,6 +7,7 @@ of `inference`, the pipeline and the checkpoints.
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import tempfile
@@ -23,8 +24,8 @@ import soundfile
 from jax.sharding import Mesh, NamedSharding
 
 from beats_jax import sharding
-from beats_jax.data.pipeline import train_batches
-from beats_jax.data.sources import Clips, open_clips
+from beats_jax.data.pipeline import eval_batches
+from beats_jax.data.sources import Clips, join, open_clips
 from beats_jax.fbank import MEAN, SAMPLE_RATE, STD, fbank, num_tokens
 from beats_jax.flops import encoder_flops, fbank_flops, tokenizer_flops
 from beats_jax.inference import exact_products, forward
@@ -45,6 +46,7 @@ WHATS = ("fbank", "encode", "tokenize", *TRAINING, "pipeline", "compile", "check
 TOKENS = ("random", "distilled", "stored")
 NUM_CLASSES = 50  # of fine-tuning, as ESC-50
 NUM_CODES, CODE_DIM = 1024, 256
+EPOCHS = 4  # of the clips that a pipeline reads in a call
 
 
 class Settings(NamedTuple):
@@ -249,49 +251,33 @@ def temporary_folder(owner: Any) -> Path:
 def pipelines(settings: Settings, mesh: Mesh) -> list[Workload]:
     """Batches from shards that `prepare` has just written: int16 alone, and with log-mel patches.
 
-    A call takes as many batches as are made ahead, so that it waits for as much as it takes.
+    A call reads a whole small set, from its start to its last batch: nothing is made ahead of it.
     """
     del mesh
     from beats_jax.data.prepare import prepare
 
-    rows = []
-    clips = None
-    for backend, frontend in (("numpy", "device"), ("numpy", "host"), ("tf", "host")):
-        if backend == "tf" and settings.backend != "tf":
-            continue
-        owner = _Feed(settings, backend, frontend)
-        if clips is None:
-            folder = temporary_folder(owner)
-            (folder / "sounds").mkdir()
-            for i, waveform in enumerate(noise(settings)):
-                soundfile.write(folder / "sounds" / f"{i}.wav", waveform, SAMPLE_RATE)
-            prepare(folder / "sounds", folder / "prepared", jobs=1)
-            clips = open_clips(folder / "prepared")
-        owner.open(clips)
-        label = "int16" if frontend == "device" else "log-mel"
-        rows.append(
-            Workload(f"pipeline {backend}, {label}", owner, _Feed.AHEAD * settings.batch_size)
-        )
-    return rows
-
-
-class _Feed:
-    """A running pipeline; called, it takes `AHEAD` batches."""
-
-    AHEAD = 4
-
-    def __init__(self, settings: Settings, backend: str, frontend: str):
-        self._options: dict[str, Any] = dict(
-            backend=backend,
-            frontend=frontend,
-            batch_size=settings.batch_size,
-            clip_samples=round(settings.seconds * SAMPLE_RATE),
-            workers=cores(),
-            prefetch=self.AHEAD,
+    def batches(backend: str, frontend: str) -> list[Any]:
+        return list(
+            eval_batches(
+                clips,
+                backend=backend,
+                frontend=frontend,
+                batch_size=settings.batch_size,
+                clip_samples=round(settings.seconds * SAMPLE_RATE),
+                workers=cores(),
+            )
         )
 
-    def open(self, clips: Clips) -> None:
-        self._batches = train_batches(clips, seed=0, **self._options)
-
-    def __call__(self) -> Any:
-        return [next(self._batches) for _ in range(self.AHEAD)]
+    folder = temporary_folder(batches)
+    (folder / "sounds").mkdir()
+    for i, waveform in enumerate(noise(settings)):
+        soundfile.write(folder / "sounds" / f"{i}.wav", waveform, SAMPLE_RATE)
+    prepare(folder / "sounds", folder / "prepared", jobs=1)
+    clips = join({str(i): open_clips(folder / "prepared") for i in range(EPOCHS)})
+    rows = {"numpy, int16": ("numpy", "device"), "numpy, log-mel": ("numpy", "host")}
+    if settings.backend == "tf":
+        rows["tf, log-mel"] = ("tf", "host")
+    return [
+        Workload(f"pipeline {name}", functools.partial(batches, *how), len(clips))
+        for name, how in rows.items()
+    ]

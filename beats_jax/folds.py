@@ -56,8 +56,9 @@ def run_folds(config: Any, name: str, workdir: str | Path) -> None:
         results = {value: json.loads(f.read_text()) for value, f in zip(values, files, strict=True)}
         summary = summarize_folds(results)
         (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
-        (folder / TABLE).write_text(folds_table(summary) + "\n")
-        log.info("%s\n%s", folder / TABLE, folds_table(summary))
+        table = folds_table(summary)
+        (folder / TABLE).write_text(table + "\n")
+        log.info("%s\n%s", folder / TABLE, table)
 
 
 def fold_values(data: Any, workdir: str | Path) -> list[str]:

@@ -207,15 +207,9 @@ def _shapes(tree: Any) -> Any:
 # What the inputs are made with: a run that changed them would be another run.
 FIXED = ("data.clip_seconds", "data.crop", "data.mean", "data.std")
 FIXED_IN_FINETUNING = (
-    *(
-        "data.label",
-        "data.classes",
-        "data.test_filter",
-        "data.val_filter",
-        "finetune.task",
-        "finetune.roll",
-    ),
-    *("finetune.mixup", "finetune.mixup_of", "finetune.mixup_alpha", "finetune.balanced_sampling"),
+    *("data.label", "data.classes", "data.test_filter", "data.val_filter"),
+    *("finetune.task", "finetune.roll", "finetune.balanced_sampling"),
+    *("finetune.mixup", "finetune.mixup_of", "finetune.mixup_alpha"),
 )
 
 

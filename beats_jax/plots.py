@@ -1,45 +1,38 @@
 """Pictures of a run: its curves, its use of the codebook, one clip in its eyes, tokens under noise.
 
-Every function takes plain numbers and writes one PNG. The colours are Okabe and Ito's, which stay
-apart under every kind of colour blindness, and no figure relies on colour alone.
+Every function takes plain numbers and writes one PNG; no figure relies on colour alone.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from beats_jax.fbank import BANDS, FRAME_SHIFT, NUM_MELS, PATCH_SIZE, SAMPLE_RATE
+from beats_jax.fbank import BANDS, NUM_MELS, PATCH_SIZE
+from beats_jax.figures import (
+    BLUE,
+    COLUMN_SECONDS,
+    GREEN,
+    GREY,
+    MARKERS,
+    ORANGE,
+    draw_background,
+    draw_image,
+    draw_picture,
+    new_figure,
+    save_figure,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
-MARKERS = "osD^v"  # of lines that are compared
 MASKED, VISIBLE = "#B8B8B8", "#ECECEC"  # backgrounds where nothing is drawn
 SMOOTHING = 50  # a curve of over 100 points is drawn as the mean over 1/50 of them, on top
-COLUMN_SECONDS = PATCH_SIZE * FRAME_SHIFT / SAMPLE_RATE  # 0.16 s of a column of 8 tokens
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E3E3E3",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": True,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
-    "legend.fontsize": 8,
-    "figure.dpi": 150,
-}
 
 # Title, y label, then (metric, label, colour, line style) of each line; `val_METRIC` is drawn as
 # points of the same colour. A metric that a run did not log is left out, and a panel without any.
@@ -120,8 +113,8 @@ def plot_curves(
         raise ValueError(f"{len(metrics)} lines of metrics hold nothing to draw for {path}")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    with _style():
-        figure, axes = _figure(rows, columns, (3.7 * columns, 2.7 * rows))
+    with styled():
+        figure, axes = new_figure(rows, columns, (3.7 * columns, 2.7 * rows))
         for axis, (title, unit, *lines) in zip(axes, panels, strict=False):
             for name, label, colour, style in lines:
                 steps, values = _points(reference, name)
@@ -137,7 +130,7 @@ def plot_curves(
             axis.set_axis_off()
         if any(name.startswith("val_") for line in metrics for name in line):
             axes[0].set_title("points: held-out clips", loc="right", fontsize=8, color=GREY)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_code_usage(counts: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -149,8 +142,8 @@ def plot_code_usage(counts: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     """
     import matplotlib
 
-    with _style():
-        figure, (axis,) = _figure(1, 1, (6.4, 3.4))
+    with styled():
+        figure, (axis,) = new_figure(1, 1, (6.4, 3.4))
         # From dark to light, so that bands read as an order.
         shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(counts)))
         for (label, values), colour in zip(counts.items(), shades, strict=True):
@@ -164,7 +157,7 @@ def plot_code_usage(counts: Mapping[str, Any], path: str | os.PathLike[str]) -> 
         axis.set(title="Code usage", xlabel="code, most used first", ylabel="share of tokens")
         axis.set(xscale="log", yscale="log")
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_example(
@@ -192,9 +185,9 @@ def plot_example(
         log_mel, mask, target_ids, predicted_ids, padding_mask
     )
     padding = padding.astype(bool)
-    with _style():
+    with styled():
         figure = _draw_example(log_mel, hidden.astype(bool) & ~padding, target, predicted, padding)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_token_map(
@@ -220,12 +213,12 @@ def plot_token_map(
     mels = log_mel[: columns * PATCH_SIZE].T
     low, high = np.percentile(mels[_pixels(valid)], (1, 99)) if valid.any() else (0.0, 1.0)
     loud = np.clip((mels - low) / max(high - low, 1e-6), 0, 1)[..., None]
-    with _style():
-        figure, (sound, over, tokens) = _figure(3, 1, (8.0, 6.0), sharex=True)
-        _image(sound, mels, _pixels(valid), cmap="magma", vmin=low, vmax=high)
+    with styled():
+        figure, (sound, over, tokens) = new_figure(3, 1, (8.0, 6.0), sharex=True)
+        draw_image(sound, mels, _pixels(valid), cmap="magma", vmin=low, vmax=high)
         tiles = shades.repeat(PATCH_SIZE, 0).repeat(PATCH_SIZE, 1)
-        _picture(over, np.where(_pixels(valid)[..., None], (0.15 + 0.85 * loud) * tiles, 1))
-        _picture(tokens, np.where(valid[..., None], shades, 1))
+        draw_picture(over, np.where(_pixels(valid)[..., None], (0.15 + 0.85 * loud) * tiles, 1))
+        draw_picture(tokens, np.where(valid[..., None], shades, 1))
         frequent = [k for k in np.argsort(-counts) if counts[k] > 1][:8]
         for number, kind in enumerate(frequent, start=1):
             band, column = np.nonzero((ids == kinds[kind]) & valid)
@@ -245,7 +238,7 @@ def plot_token_map(
         tokens.set_yticks(np.arange(0, BANDS, 2) + 0.5, [str(b) for b in range(0, BANDS, 2)])
         for axis in (sound, over):
             axis.set_yticks(range(0, NUM_MELS + 1, 32))
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_augmentations(
@@ -261,13 +254,13 @@ def plot_augmentations(
     """
     before, after = np.asarray(before), np.asarray(after)
     low, high = np.percentile(before, (1, 99))
-    with _style():
+    with styled():
         size = (3.6 * len(titles), 4.6)
-        figure, axes = _figure(2, len(titles), size, sharex=True, sharey=True)
+        figure, axes = new_figure(2, len(titles), size, sharex=True, sharey=True)
         rows = (axes[: len(titles)], axes[len(titles) :])
         for row, clips in zip(rows, (before, after), strict=True):
             for axis, clip in zip(row, clips, strict=True):
-                image = _image(axis, clip.T, np.ones(clip.T.shape, bool), cmap="magma")
+                image = draw_image(axis, clip.T, np.ones(clip.T.shape, bool), cmap="magma")
                 image.set_clim(low, high)
         for above, below, title in zip(*rows, titles, strict=True):
             above.set_title("as it is")
@@ -275,7 +268,7 @@ def plot_augmentations(
         for row in rows:
             row[0].set(ylabel="mel bin", yticks=range(0, NUM_MELS + 1, 32))
         figure.colorbar(image, ax=axes, label="log-mel", pad=0.01, aspect=40)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_token_agreement(
@@ -290,8 +283,8 @@ def plot_token_agreement(
         agreement: name -> `agreement` [S] in 0..1 and `chance`, a float, drawn dashed.
         path: the PNG to write; its folder is made.
     """
-    with _style():
-        figure, (axis,) = _figure(1, 1, (6.4, 3.6))
+    with styled():
+        figure, (axis,) = new_figure(1, 1, (6.4, 3.6))
         colours = (BLUE, ORANGE, GREEN, GREY)
         for (name, row), colour, marker in zip(agreement.items(), colours, MARKERS, strict=False):
             axis.plot(snrs_db, row["agreement"], f"-{marker}", color=colour, label=name)
@@ -301,7 +294,7 @@ def plot_token_agreement(
         axis.set(xlabel="signal-to-noise ratio (dB)", ylabel="share of tokens", xticks=snrs_db)
         axis.invert_xaxis()
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_confusion(
@@ -321,8 +314,8 @@ def plot_confusion(
         raise ValueError(f"the matrix is {matrix.shape} for {size} classes; wanted [C, C]")
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     inches = min(max(3.2 + 0.26 * size, 4.5), 12.0)
-    with _style():
-        figure, (axis,) = _figure(1, 1, (inches + 0.8, inches))
+    with styled():
+        figure, (axis,) = new_figure(1, 1, (inches + 0.8, inches))
         axis.grid(False)
         image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
         small: dict[str, Any] = {"fontsize": 8 if size <= 20 else 6}
@@ -337,7 +330,7 @@ def plot_confusion(
         axis.set(xlabel="predicted class", ylabel="class")
         axis.set_title(f"{title or 'Confusion'}: {right} of {total} right", loc="left")
         figure.colorbar(image, ax=axis, label="share of the class's clips", shrink=0.7)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_class_ap(
@@ -366,8 +359,8 @@ def plot_class_ap(
     mean, left_out = values[order].mean(), len(values) - len(order)
     shown = order if len(order) <= 60 else np.concatenate([order[:30], order[-30:]])
     places = np.arange(len(shown)) + (np.arange(len(shown)) >= 30) * (len(shown) < len(order))
-    with _style():
-        figure, (axis,) = _figure(1, 1, (7.0, 1.4 + 0.17 * len(shown)))
+    with styled():
+        figure, (axis,) = new_figure(1, 1, (7.0, 1.4 + 0.17 * len(shown)))
         axis.barh(places, values[shown], color=BLUE, height=0.75)
         axis.set_yticks(places, [f"{names[i]} ({counts[i]})" for i in shown], fontsize=7)
         axis.grid(False, axis="y")
@@ -380,7 +373,7 @@ def plot_class_ap(
         name = f"{title or 'Average precision'}: mAP {mean:.3f}"
         axis.set_title(name + (f" (classes without a clip: {left_out})" if left_out else ""))
         axis.legend(loc="lower right")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_layers(
@@ -397,8 +390,8 @@ def plot_layers(
         baseline: probe -> accuracy of the log-mel baseline, drawn dashed.
         path: the PNG to write; its folder is made.
     """
-    with _style():
-        figure, (axis,) = _figure(1, 1, (6.4, 3.6))
+    with styled():
+        figure, (axis,) = new_figure(1, 1, (6.4, 3.6))
         for (name, values), colour, marker in zip(
             means.items(), (BLUE, ORANGE, GREEN), MARKERS, strict=False
         ):
@@ -413,7 +406,7 @@ def plot_layers(
         axis.set(xlabel="layer (0 = input of the first block)", ylabel="accuracy (%)")
         axis.set_xticks(layers)
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _one_clip(log_mel: Any, *tokens: Any) -> tuple[np.ndarray, ...]:
@@ -453,22 +446,22 @@ def _draw_example(
 ) -> Figure:
     """The four panels; the last four arguments are [8, T'], `hidden` = masked and not padding."""
     columns = target.shape[1]
-    figure, axes = _figure(4, 1, (8.0, 7.2), sharex=True)
+    figure, axes = new_figure(4, 1, (8.0, 7.2), sharex=True)
     seen, masked, targets, predictions = axes
 
     mels = log_mel[: columns * PATCH_SIZE].T  # [128, 16 T']: mels upwards
     inside = mels[~_pixels(padding)]
     low, high = np.percentile(inside, (1, 99)) if inside.size else (0.0, 1.0)
     mel = dict(cmap="magma", vmin=low, vmax=high)
-    image = _image(seen, mels, ~_pixels(padding), **mel)
-    _image(masked, mels, ~_pixels(padding | hidden), **mel)
-    _background(masked, hidden, MASKED, NUM_MELS)
+    image = draw_image(seen, mels, ~_pixels(padding), **mel)
+    draw_image(masked, mels, ~_pixels(padding | hidden), **mel)
+    draw_background(masked, hidden, MASKED, NUM_MELS)
     figure.colorbar(image, ax=[seen, masked], label="log-mel", pad=0.01, aspect=30)
 
     ids = dict(cmap="viridis", vmin=0, vmax=max(target.max(), predicted[hidden].max(initial=1)))
-    image = _image(targets, target, ~padding, **ids)
-    _background(predictions, ~hidden & ~padding, VISIBLE, BANDS)
-    _image(predictions, predicted, hidden, **ids)
+    image = draw_image(targets, target, ~padding, **ids)
+    draw_background(predictions, ~hidden & ~padding, VISIBLE, BANDS)
+    draw_image(predictions, predicted, hidden, **ids)
     band, column = np.nonzero(hidden & (predicted == target))
     seconds = (column + 0.5) * COLUMN_SECONDS
     predictions.plot(seconds, band + 0.5, "o", ms=3, mfc="white", mec="black", mew=0.6)
@@ -526,62 +519,3 @@ def _points(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarr
 def _pixels(patches: np.ndarray) -> np.ndarray:
     """[8, T'] per patch -> [128, 16 T'] per pixel."""
     return patches.repeat(PATCH_SIZE, axis=0).repeat(PATCH_SIZE, axis=1)
-
-
-def _image(axis: Axes, values: np.ndarray, shown: np.ndarray, **kwargs: Any):
-    """`values` [rows, columns] over time in seconds, lowest row below, only where `shown`."""
-    height, width = values.shape
-    seconds = COLUMN_SECONDS * width * (BANDS / height)  # mels and tokens keep the same aspect
-    axis.grid(False)
-    return axis.imshow(
-        np.ma.masked_array(values, ~shown),
-        origin="lower",
-        aspect="auto",
-        interpolation="nearest",
-        extent=(0, seconds, 0, height),
-        **kwargs,
-    )
-
-
-def _picture(axis: Axes, colours: np.ndarray) -> None:
-    """`colours` [rows, columns, 3] over time in seconds, lowest row below."""
-    height, width = colours.shape[:2]
-    axis.grid(False)
-    extent = (0, COLUMN_SECONDS * width * (BANDS / height), 0, height)
-    axis.imshow(colours, origin="lower", aspect="auto", interpolation="nearest", extent=extent)
-
-
-def _background(axis: Axes, where: np.ndarray, colour: str, height: int) -> None:
-    """Fills the patches `where` [8, T'] with one colour."""
-    from matplotlib.colors import ListedColormap
-
-    image = _image(axis, np.ones(where.shape), where, cmap=ListedColormap([colour]))
-    image.set_extent((0, COLUMN_SECONDS * where.shape[1], 0, height))
-
-
-def _style():
-    import matplotlib
-
-    return matplotlib.rc_context(STYLE)
-
-
-def _figure(
-    rows: int, columns: int, inches: tuple[float, float], **kwargs: Any
-) -> tuple[Figure, list[Axes]]:
-    # Without pyplot: no backend to choose, no window, and no list that keeps every figure alive.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=inches, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
-    return figure, list(axes.flat)
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(path)
-    except OSError as error:  # from a full disk it comes without the file's name
-        raise OSError(
-            error.errno, f"{error.strerror}; make room and start again", str(path)
-        ) from error

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from beats_jax.fbank import BANDS, NUM_MELS, PATCH_SIZE
-from beats_jax.plots import (
+from beats_jax.figures import (
     GREY,
     MARKERS,
-    _figure,
-    _image,
-    _picture,
-    _save,
-    _style,
+    draw_image,
+    draw_picture,
+    new_figure,
+    save_figure,
+    styled,
 )
 
 MAX_CLASSES = 20  # that a map tells apart; the others are "other"
@@ -51,11 +51,11 @@ def plot_frame_features(log_mel: Any, features: Any, path: str | os.PathLike[str
     colours, share = _component_colours(features.reshape(columns * BANDS, -1))
     colours = colours.reshape(columns, BANDS, 3).swapaxes(0, 1)
     tiles = colours.repeat(PATCH_SIZE, 0).repeat(PATCH_SIZE, 1)
-    with _style():
-        figure, (sound, over, alone) = _figure(3, 1, (8.0, 6.0), sharex=True)
-        _image(sound, mels, np.ones(mels.shape, bool), cmap="magma", vmin=low, vmax=high)
-        _picture(over, (0.15 + 0.85 * loud) * tiles)
-        _picture(alone, colours)
+    with styled():
+        figure, (sound, over, alone) = new_figure(3, 1, (8.0, 6.0), sharex=True)
+        draw_image(sound, mels, np.ones(mels.shape, bool), cmap="magma", vmin=low, vmax=high)
+        draw_picture(over, (0.15 + 0.85 * loud) * tiles)
+        draw_picture(alone, colours)
         sound.set(title="Log-mel spectrogram", ylabel="mel bin")
         over.set(title="Its features (colour) over its loudness (brightness)", ylabel="mel bin")
         title = f"Features: three principal components, {100 * share:.0f} % of the variance"
@@ -63,7 +63,7 @@ def plot_frame_features(log_mel: Any, features: Any, path: str | os.PathLike[str
         alone.set_yticks(np.arange(0, BANDS, 2) + 0.5, [str(b) for b in range(0, BANDS, 2)])
         for axis in (sound, over):
             axis.set_yticks(range(0, NUM_MELS + 1, 32))
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_class_scores(
@@ -93,8 +93,8 @@ def plot_class_scores(
     # A window's colour lies around its middle, as far as the neighbours' middles let it.
     middles = spans.mean(axis=1)
     edges = np.concatenate([spans[:1, 0], (middles[1:] + middles[:-1]) / 2, spans[-1:, 1]])
-    with _style():
-        figure, (axis,) = _figure(1, 1, (8.0, 1.2 + 0.28 * len(best)))
+    with styled():
+        figure, (axis,) = new_figure(1, 1, (8.0, 1.2 + 0.28 * len(best)))
         axis.grid(False)
         scores = probs[:, best].T
         image = axis.pcolormesh(edges, np.arange(len(best) + 1), scores, cmap="Blues", vmin=0)
@@ -102,7 +102,7 @@ def plot_class_scores(
         axis.invert_yaxis()
         axis.set(xlabel="time (s)", title=f"Classes in time ({len(spans)} windows)")
         figure.colorbar(image, ax=axis, label="probability", pad=0.01)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_map(
@@ -128,8 +128,8 @@ def plot_map(
     names, counts = np.unique(classes, return_counts=True)
     shown = np.sort(names[np.argsort(-counts, kind="stable")[:MAX_CLASSES]])
     colours = matplotlib.colormaps["tab20"](np.arange(len(shown)))
-    with _style():
-        figure, axes = _figure(1, len(maps), (3.9 * len(maps) + 1.6, 3.9))
+    with styled():
+        figure, axes = new_figure(1, len(maps), (3.9 * len(maps) + 1.6, 3.9))
         for axis, (name, points) in zip(axes, maps.items(), strict=True):
             axis.grid(False)
             points = np.asarray(points, np.float64)
@@ -141,7 +141,7 @@ def plot_map(
                 axis.scatter(*points[classes == label].T, s=16, linewidth=0, label=label, **look)
             axis.set(title=f"{title}: {name}" if title else name, xticks=[], yticks=[])
         axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=1.4)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_codebook(
@@ -178,9 +178,9 @@ def plot_codebook(
     means = [patches[ids == kinds[i]].mean(axis=0).T for i in order]  # mels upwards
     low, high = np.percentile(means, (1, 99))
     columns = 8
-    with _style():
+    with styled():
         rows = -(-len(means) // columns)
-        figure, axes = _figure(rows, columns, (8.0, 1.2 * rows + 0.6))
+        figure, axes = new_figure(rows, columns, (8.0, 1.2 * rows + 0.6))
         for axis, i, mean in zip(axes, order, means, strict=False):
             axis.imshow(mean, origin="lower", cmap="magma", vmin=low, vmax=high)
             axis.set_title(f"{kinds[i]}: {100 * counts[i] / len(ids):.1f} %", fontsize=8)
@@ -191,7 +191,7 @@ def plot_codebook(
             "tokens, and their share",
             fontsize=10,
         )
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _component_colours(features: np.ndarray) -> tuple[np.ndarray, float]:

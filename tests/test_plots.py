@@ -13,9 +13,9 @@ LENGTH, FRAMES = 160, 330  # 20 columns of 8 tokens; 10 frames are left over
 def drawn(monkeypatch):
     """The figures that were saved, to look at their axes; the PNGs are written all the same."""
     figures = []
-    save = plots._save
+    save = plots.save_figure
     monkeypatch.setattr(
-        plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path))
+        plots, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path))
     )
     return figures
 

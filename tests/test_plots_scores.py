@@ -10,9 +10,9 @@ from beats_jax import plots
 def drawn(monkeypatch):
     """The figures that were saved, to look at their axes; the PNGs are written all the same."""
     figures = []
-    save = plots._save
+    save = plots.save_figure
     monkeypatch.setattr(
-        plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path))
+        plots, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path))
     )
     return figures
 

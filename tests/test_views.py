@@ -11,9 +11,9 @@ from beats_jax.features import project
 def drawn(monkeypatch):
     """The figures that were saved, to look at their axes; the PNGs are written all the same."""
     figures = []
-    save = views._save
+    save = views.save_figure
     monkeypatch.setattr(
-        views, "_save", lambda figure, path: (figures.append(figure), save(figure, path))
+        views, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path))
     )
     return figures
 

@@ -479,6 +479,7 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     what:
       fbank, encode, tokenize      waveforms to log-mel, features, tokens
       pretrain, distill, finetune  one training step, as the loop compiles it
+      masking                      pre-training's encoder alone, on its share of the patches and all
       pipeline                     prepared shards to batches
       compile, checkpoint          the pre-training step's start-up; its state to disk and back
 

@@ -14,15 +14,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from beats_jax import sharding, start
 from beats_jax.checkpoint import Checkpoints, TrainState
 from beats_jax.data.pipeline import train_batches
-from beats_jax.fbank import SAMPLE_RATE
+from beats_jax.fbank import PATCH_SIZE, SAMPLE_RATE, num_tokens
+from beats_jax.flops import encoder_flops
+from beats_jax.masking import Visible, random_masking
+from beats_jax.models.beats import BEATs
 from beats_jax.models.quantizer import l2_normalise
 from beats_jax.optim import make_optimizer
 from beats_jax.roofline import cores
+from beats_jax.stages import model_arguments
 from beats_jax.train import STAGES, make_train_step
 from beats_jax.workloads import (
     NUM_CODES,
@@ -133,6 +137,47 @@ class Training:
         name = f"{settings.what} {settings.size}{tokens}"
         flops = clips * self.stage.flops_per_clip
         return Workload(name, lambda: step(batch), clips, flops, figures, fed)
+
+
+def encoder_passes(settings: Settings, mesh: Mesh) -> list[Workload]:
+    """Pre-training's encoder alone, forward and backward: what masking saves.
+
+    Two rows, on the patches that the config leaves visible and on all of them; the gradients are of
+    the mean square of the features.
+    """
+    config, _ = training_config(settings._replace(what="pretrain"))
+    encoder = BEATs(**model_arguments(config))
+    tokens = int(num_tokens(round(settings.seconds * SAMPLE_RATE)))
+    shape = (settings.batch_size, tokens)
+    sharded = NamedSharding(mesh, sharding.BATCH)
+    patches = jax.random.normal(jax.random.key(0), (*shape, PATCH_SIZE**2), jnp.float32)
+    patches = jax.device_put(patches, sharded)
+    params = random_model(settings.size).params["encoder"]
+    params = jax.device_put(params, sharding.tree_shardings(params, mesh))
+    padding_mask = jax.device_put(jnp.zeros(shape, bool), sharded)
+    noise = jax.device_put(jax.random.uniform(jax.random.key(1), shape), sharded)
+    visible, _ = random_masking(noise, padding_mask, config.pretrain.visible)
+
+    def workload(name: str, visible: Visible | None) -> Workload:
+        @jax.jit
+        def gradients(params, patches, visible):
+            def loss(params):
+                rngs = {name: jax.random.key(2) for name in ("dropout", "layerdrop")}
+                features: Any = encoder.apply(
+                    {"params": params}, patches, visible=visible, deterministic=False, rngs=rngs
+                )
+                return jnp.mean(jnp.square(features.astype(jnp.float32)))
+
+            return jax.grad(loss)(params)
+
+        program, figures = compiled(gradients, params, patches, visible)
+        seen = tokens if visible is None else visible.index.shape[1]
+        flops = 3 * settings.batch_size * encoder_flops(encoder, tokens, seen)
+        name = f"encoder {settings.size}, {name}"
+        return Workload(name, lambda: program(params, patches, visible), shape[0], flops, figures)
+
+    share = f"{config.pretrain.visible:.0%} of the patches"
+    return [workload(share, visible), workload("all patches", None)]
 
 
 def compilations(settings: Settings, mesh: Mesh) -> list[Workload]:

@@ -42,7 +42,7 @@ TRAINING = {
     "distill": ("iter2", "tokenizer"),
     "finetune": ("finetune_esc50", "finetune"),
 }
-WHATS = ("fbank", "encode", "tokenize", *TRAINING, "pipeline", "compile", "checkpoint")
+WHATS = ("fbank", "encode", "tokenize", *TRAINING, "masking", "pipeline", "compile", "checkpoint")
 TOKENS = ("random", "distilled", "stored")
 NUM_CLASSES = 50  # of fine-tuning, as ESC-50
 NUM_CODES, CODE_DIM = 1024, 256

@@ -24,6 +24,7 @@ ROWS = {
     "pretrain": {"pretrain tiny, random tokens", "matmul"},
     "distill": {"distill tiny", "matmul"},
     "finetune": {"finetune tiny", "matmul"},
+    "masking": {"encoder tiny, 25% of the patches", "encoder tiny, all patches", "matmul"},
     "compile": {
         *("trace and lower", "trace and compile", "trace and load from the cache"),
         "make the state, compilation included",

@@ -113,7 +113,7 @@ def probe(parser: argparse.ArgumentParser) -> Run:
             kinds=kinds, filter=args.filter, label=args.label, fold=args.fold, cache=args.cache
         )
         if args.sweep_layers:
-            from beats_jax.plots import plot_layers
+            from beats_jax.score_plots import plot_layers
 
             rows, baseline = probe.sweep_layers(args.ckpt, args.data, **options)
             means = {kind: [row.mean for row in layers] for kind, layers in rows.items()}
@@ -249,11 +249,11 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> int:
         if args.pool == "none" and os.path.splitext(args.out)[1] in (".npz", ".jsonl", ".csv"):
             raise ValueError(f"--pool none writes a file for each input; {args.out} is no folder")
-        from beats_jax import corpus
+        from beats_jax import questions
 
         model, files = _opened(args)
         model.check_layer(args.layer)
-        question = corpus.embedding if args.pool == "mean" else corpus.frames
+        question = questions.embedding if args.pool == "mean" else questions.frames
         return _answer(args, model, question(model, args.layer), files)[0]
 
     return run
@@ -275,10 +275,10 @@ def classify(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> int:
         if args.top < 1:
             raise ValueError(f"--top is {args.top}; want at least 1")
-        from beats_jax import corpus
+        from beats_jax import questions
 
         model, files = _opened(args)
-        question = corpus.classes(model, args.top)
+        question = questions.classes(model, args.top)
         code, results = _answer(args, model, question, files)
         for file, result in results.items():
             print(file)
@@ -317,10 +317,10 @@ def tokenize(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> int:
         if args.out:
-            from beats_jax import corpus
+            from beats_jax import questions
 
             model, files = _opened(args)
-            return _answer(args, model, corpus.tokens(model), files)[0]
+            return _answer(args, model, questions.tokens(model), files)[0]
         from beats_jax import tokens
         from beats_jax.data.dataset import open_folders
 

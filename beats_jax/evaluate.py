@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from beats_jax import labels as label_names
-from beats_jax import plots, scores, windows
 from beats_jax import results as results_module
+from beats_jax import score_plots, scores, windows
 from beats_jax.data.dataset import open_folders
 from beats_jax.data.sources import Clips
 from beats_jax.fbank import MIN_SAMPLES, SAMPLE_RATE
@@ -298,10 +298,12 @@ def _per_class(
     """Each class's clips and its average precision or recall; and their picture."""
     if task == "multi-label":
         name, values = "average_precision", scores.average_precisions(probs, truth.labels)
-        plots.plot_class_ap(values, truth.counts, classes, folder / "average_precision.png", title)
+        score_plots.plot_class_ap(
+            values, truth.counts, classes, folder / "average_precision.png", title
+        )
     else:
         matrix = scores.confusion_matrix(probs.argmax(axis=1), truth.labels, len(classes))
-        plots.plot_confusion(matrix, classes, folder / "confusion.png", title)
+        score_plots.plot_confusion(matrix, classes, folder / "confusion.png", title)
         totals = matrix.sum(axis=1)
         name, values = "recall", np.where(totals, np.diag(matrix) / np.maximum(totals, 1), np.nan)
     rows = zip(classes, truth.counts, values, strict=True)

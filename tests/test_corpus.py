@@ -12,7 +12,7 @@ import soundfile
 from runs import FIXTURES
 
 import beats_jax
-from beats_jax import cli, corpus, windows
+from beats_jax import cli, corpus, questions, windows
 
 ENCODER, FINETUNED = FIXTURES / "dev_encoder.pt", FIXTURES / "dev_finetuned.pt"
 TOKENIZER = FIXTURES / "dev_tokenizer.pt"
@@ -102,7 +102,7 @@ def test_the_same_numbers_in_every_table(folder, tmp_path):
 
 
 def test_all_frames_into_a_folder(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "SPOOL", 1000)  # bytes: a temporary file at once
+    monkeypatch.setattr(questions, "SPOOL", 1000)  # bytes: a temporary file at once
     out = tmp_path / "frames"
     words = ("embed", ENCODER, folder / "a", "--out", out, "--pool", "none", "--layer", 1, *SMALL)
     assert call(*words) == 0

@@ -252,9 +252,20 @@ class _Shards:
             return self._readers[shard]
 
 
+def encode_example(id: str, audio: bytes) -> bytes:
+    """A record as TFDS writes it, made without TensorFlow: a tf.train.Example."""
+    features = {"audio": audio, "id": id.encode("utf-8", "surrogateescape")}
+    entries = [{"key": k.encode(), "value": _bytes(v)} for k, v in features.items()]
+    return _example_class()(features={"feature": entries}).SerializeToString()
+
+
+def _bytes(value: bytes) -> dict[str, Any]:
+    return {"bytes_list": {"value": [value]}}
+
+
 @functools.cache
 def _example_class() -> Any:
-    """A message class that reads tf.train.Example as far as bytes features go, without TensorFlow.
+    """A message class of tf.train.Example as far as bytes features go, without TensorFlow.
 
     Reference: tensorflow/core/example/{example,feature}.proto. A map is on the wire a list of
     entries, and text is bytes. It lives in a pool of its own, apart from TensorFlow's.

@@ -111,6 +111,7 @@ def until_done(out: Path, shards: int, child: subprocess.Popen[str]) -> None:
 
 @needs_beam
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "victim, number, code, message",
     [
@@ -120,7 +121,7 @@ def until_done(out: Path, shards: int, child: subprocess.Popen[str]) -> None:
     ],
 )
 def test_killed_it_goes_on(victim, number, code, message, tmp_path):
-    root, out = sounds(tmp_path / "sounds", files=100, rows=3200), tmp_path / "out"
+    root, out = sounds(tmp_path / "sounds", files=100, rows=1600), tmp_path / "out"
     child = start(root, out, "--jobs=2")
     until_done(out, 3, child)
     with pytest.raises(BlockingIOError, match="another prepare"):
@@ -136,7 +137,7 @@ def test_killed_it_goes_on(victim, number, code, message, tmp_path):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.1)
     before = stamps(out)
-    assert 3 <= len(list(out.glob("work/done-*.json"))) <= len(before) < 50
+    assert 3 <= len(list(out.glob("work/done-*.json"))) <= len(before) < 25
     assert not (out / INDEX).exists()
     child = start(root, out, "--jobs=2")
     _, said = child.communicate(timeout=120)
@@ -149,6 +150,7 @@ def test_killed_it_goes_on(victim, number, code, message, tmp_path):
 
 @needs_beam
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_full_disk(jobs, source, tmp_path):
     child = start(source, tmp_path / "out", f"--jobs={jobs}", before="ulimit -f 64;")

@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +164,18 @@ def test_as_many_shards_as_tfds_makes_of_audioset(source, tmp_path, run, monkeyp
     monkeypatch.setattr(shards, "MAX_SHARDS", 2)
     prepare(source, tmp_path / "out", beam=())
     assert len(stamps(tmp_path / "out")) == 2
+
+
+def test_more_shards_than_open_files(source, tmp_path, run, monkeypatch):
+    """300 where 256 files may be open; AudioSet is 1024, and so is the usual limit."""
+    monkeypatch.setattr(shards, "MIN_ROWS", 1)
+    run.dies = 1000
+    (source / "metadata.csv").write_text("\n".join(["filename", *["d.wav"] * 300]))
+    prepare(source, tmp_path / "out", beam=())
+    script = (
+        "import resource as r, sys, numpy as np; from beats_jax.data.sources import open_clips\n"
+        "r.setrlimit(r.RLIMIT_NOFILE, (256, r.getrlimit(r.RLIMIT_NOFILE)[1]))\n"
+        "assert len(open_clips(sys.argv[1]).fetch(np.arange(300))) == 300"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])

@@ -48,6 +48,8 @@ def runner(options: Sequence[str], jobs: int) -> Callable[[Callable[[int], objec
     name = known.view_as(pipeline_options.StandardOptions).runner or "DirectRunner"
     local = name.lower().removesuffix("runner") == "direct"
     engine = _this_machine(taken["direct_num_workers"]) if local else name
+    if local:  # any other mode would put Beam's own processes, or threads, in the place of ours
+        known.view_as(pipeline_options.DirectOptions).direct_running_mode = "in_memory"
     pipeline = apache_beam.Pipeline(runner=engine, options=known)
 
     def run(function: Callable[[int], object], n: int) -> None:

@@ -48,6 +48,7 @@ setup(
         'tensorflow>=2.20,<3; sys_platform != "linux" or platform_machine != "x86_64"',
     ],
     extras_require={
+        "beam": ["apache-beam>=2.77,<3"],
         # nodejs: pyright's node as a wheel, else it downloads one on its first run.
         "test": [
             "ipykernel>=7,<8",

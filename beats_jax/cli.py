@@ -9,6 +9,7 @@ were skipped; 130 interrupted.
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -29,8 +30,14 @@ def prepare(parser: argparse.ArgumentParser) -> Run:
     manifest (.csv or .jsonl with a column `filename`), or the word `synthetic`. Broken and too
     short files are skipped and listed in OUT/report.json. A second call reuses the first's OUT.
 
+    --beam decodes and writes on the workers of Apache Beam, and goes on where it was killed. All of
+    them see SOURCE and OUT under the same paths, and have this package. Without --beam-options:
+    --jobs processes on this machine.
+
     example:
       beats-jax prepare ~/ESC-50-master esc10 --filter esc10=True
+      beats-jax prepare /mnt/audioset /mnt/prepared --beam \\
+          --beam-options='--runner=FlinkRunner --flink_master=flink:8081 --parallelism=400'
     """
     parser.add_argument("source", metavar="SOURCE", help="folder, manifest, or 'synthetic'")
     parser.add_argument("out", metavar="OUT", help="folder to write")
@@ -38,11 +45,17 @@ def prepare(parser: argparse.ArgumentParser) -> Run:
         "--filter", default="", help="rows to take: 'COLUMN=VALUE|VALUE,COLUMN!=VALUE'"
     )
     parser.add_argument("--jobs", type=int, help="processes that decode (default: one a CPU)")
+    parser.add_argument("--beam", action="store_true", help="on Apache Beam; see above")
+    parser.add_argument("--beam-options", metavar="OPTIONS", default="", help="Beam's, in quotes")
 
     def run(args: argparse.Namespace) -> int:
         from beats_jax.data.prepare import prepare
 
-        report = prepare(args.source, args.out, jobs=args.jobs, filter=args.filter)
+        options = shlex.split(args.beam_options)
+        if options and not args.beam:
+            raise ValueError(f"--beam-options={args.beam_options!r} without --beam; give both")
+        beam = options if args.beam else None
+        report = prepare(args.source, args.out, jobs=args.jobs, filter=args.filter, beam=beam)
         for note in report.notes:
             print(note)
         print(

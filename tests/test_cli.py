@@ -110,13 +110,13 @@ def test_processes_decode_with_stdin_closed(tmp_path):
 
 
 def test_interrupt_leaves_nothing_that_looks_finished(tmp_path, monkeypatch, capsys):
-    from beats_jax.data import prepare as prepare_module
+    from beats_jax.data import decode
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     write_sounds(tmp_path / "sounds", 2)
-    monkeypatch.setattr(prepare_module, "_decode", interrupted)
+    monkeypatch.setattr(decode, "decode", interrupted)
     words = ["prepare", str(tmp_path / "sounds"), str(tmp_path / "out"), "--jobs", "1"]
     assert cli.main(words) == 130
     assert capsys.readouterr().err.endswith("interrupted\n")

@@ -27,7 +27,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_command(command, monkeypatch):
-    words = shlex.split(command.removeprefix("taskset -c 0 "))
+    words = shlex.split(command.removeprefix("time ").removeprefix("taskset -c 0 "))
     if words[0] in ("bash", "sbatch", "kubectl"):
         assert (ROOT / next(word for word in words if word.startswith("launch/"))).is_file()
     elif words[0] == "beats-jax":

@@ -15,7 +15,8 @@ import pytest
 import soundfile
 
 from beats_jax.data import prepare as prepare_module
-from beats_jax.data.prepare import dataset_stats, prepare, read_audio
+from beats_jax.data.audio import read_audio
+from beats_jax.data.prepare import dataset_stats, prepare
 from beats_jax.data.sources import INDEX, open_clips
 from beats_jax.data.synthetic import synthetic_clips
 from beats_jax.fbank import MIN_SAMPLES, fbank
@@ -222,10 +223,11 @@ def test_killed_prepare_is_not_taken_for_finished_and_starts_afresh(tmp_path):
     for i in range(60):
         soundfile.write(root / f"{i:02d}.wav", noise(i, 4000), 16000)
     script = (
-        "import sys, time; from beats_jax.data import prepare as p; decode = p._decode\n"
+        "import sys, time; from beats_jax.data import decode as d, prepare as p\n"
+        "decode = d.decode\n"
         "def slow(path):\n"
         "    print(path, file=sys.__stdout__, flush=True); time.sleep(0.05); return decode(path)\n"
-        "p._decode = slow; p.prepare(*sys.argv[1:3], jobs=1)"
+        "d.decode = slow; p.prepare(*sys.argv[1:3], jobs=1)"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", script, str(root), str(out)], stdout=subprocess.PIPE, text=True

@@ -15,27 +15,23 @@ import functools
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from beats_jax.data.audio import read_audio
-from beats_jax.data.pipeline import import_tensorflow, ordered
+from beats_jax.data.decode import Decoded, Outcome, decode_all, labelled, modified, settle, sha256
+from beats_jax.data.pipeline import import_tensorflow
 from beats_jax.data.sources import INDEX, Clips, Listing, list_source
 from beats_jax.data.synthetic import synthetic_clips
-from beats_jax.fbank import FRAME_LENGTH, MIN_SAMPLES, SAMPLE_RATE, fbank
+from beats_jax.fbank import FRAME_LENGTH, SAMPLE_RATE, fbank
 
 SYNTHETIC_CLIPS = 560  # 40 of each category, 8 in each fold
-LABELS = ("category", "target", "label", "labels")
+WORK = "work"  # in the folder, while its shards are made one by one (`shards`)
 
 
 class Report(NamedTuple):
@@ -57,40 +53,44 @@ class Report(NamedTuple):
         return len(self.too_short) + len(self.unreadable)
 
 
-class Decoded(NamedTuple):
-    """One file as `_decode` hands it over; `pcm` is empty where it could not be read."""
-
-    pcm: bytes
-    source_sha256: str = ""
-    reason: str = ""
-
-
 def prepare(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     jobs: int | None = None,
     filter: str = "",
+    beam: Sequence[str] | None = None,
 ) -> Report:
     """Makes the prepared folder `out` of a source; at once if it is there already.
 
     Files that cannot be read and clips under 400 samples (no log-mel frame) are skipped and
-    reported. A run that was killed is started afresh by the next call.
+    reported. A run that was killed is started afresh by the next call; with `beam`, by keeping the
+    shards that were finished.
 
     Args:
         source: a folder, a manifest (see `list_source`) or "synthetic".
         out: the folder to write; new, empty, or made by an earlier call.
         jobs: processes that decode; by default one for each CPU.
         filter: rows to take, e.g. "esc10=True,fold!=4|5" (see `matches`).
+        beam: options of Apache Beam, to decode and write on its workers (see `data.beam`); ()
+            for Beam's `jobs` processes on this machine.
 
     Raises:
         FileNotFoundError: if the source is not there.
         ValueError: if it has no usable audio, or `out` holds something else.
         BlockingIOError: if another call is writing to `out`.
+        ImportError: `beam` is given, and Apache Beam is not installed.
     """
     jobs = (os.cpu_count() or 1) if jobs is None else jobs
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; give at least 1")
+    run = None
+    if beam is not None:
+        from beats_jax.data.beam import runner
+
+        if str(source) == "synthetic":
+            raise ValueError("the synthetic clips are not decoded; prepare them without Beam")
+        run = runner(beam, jobs)
     if str(source) == "synthetic":
         made = synthetic_clips(SYNTHETIC_CLIPS).select(filter)
         listing = Listing("synthetic", made.ids, [], made.columns)
@@ -99,7 +99,7 @@ def prepare(
     else:
         listing = list_source(source, filter)
         identity = _identity(listing, filter)
-        decoded = _decode_all(listing, jobs)
+        decoded = decode_all(listing, jobs)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out):
@@ -107,8 +107,14 @@ def prepare(
             _check_same(out, listing, identity)
             saved = json.loads((out / "report.json").read_text())
             return Report(**{"notes": [], "coverage": {}, **saved})  # older ones lack these two
-        _clear(out)
-        return _write(out, listing, identity, filter, decoded)
+        if run:
+            from beats_jax.data.shards import write_shards
+
+            shards, outcomes = write_shards(out, listing, identity, run)
+        else:
+            clear(out)
+            shards, outcomes = _write(out, listing, decoded)
+        return _finish(out, listing, identity, filter, shards, outcomes)
 
 
 # --- is it there already? -------------------------------------------------------------------------
@@ -121,21 +127,12 @@ def _identity(listing: Listing, filter: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _modified(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.is_file() else 0
-
-
 def _check_same(out: Path, listing: Listing, identity: str) -> None:
     """Raises if the data set in `out` was made from anything but this listing's content."""
     saved = json.loads((out / "source.json").read_text())
     same = saved["identity"] == identity and all(
-        _modified(path) == modified or _sha256(path) == digest  # a copy has new times only
-        for path, (modified, digest) in zip(listing.paths, saved["files"], strict=False)
+        modified(path) == time or sha256(path) == digest  # a copy has new times only
+        for path, (time, digest) in zip(listing.paths, saved["files"], strict=False)
     )
     if not same:
         raise ValueError(
@@ -156,112 +153,68 @@ def _lock(out: Path) -> Iterator[None]:
         yield
 
 
-def _clear(out: Path) -> None:
+def clear(out: Path) -> None:
     """Removes what a killed run left, and nothing else."""
-    own = {".lock", "shards", "report.json", "source.json", INDEX + ".tmp"}
+    own = {".lock", "shards", WORK, "report.json", "source.json", INDEX + ".tmp"}
     if foreign := sorted(set(os.listdir(out)) - own):
         raise ValueError(f"{out} is not empty ({foreign[0]} is in it); give a new folder")
-    shutil.rmtree(out / "shards", ignore_errors=True)
-
-
-# --- decoding -------------------------------------------------------------------------------------
-
-
-def _decode(part: tuple[Path, tuple[float, float] | None]) -> Decoded:
-    """A file, or its (start, end) in seconds. Runs in a worker: a broken file is an answer."""
-    path, span = part
-    try:
-        waveform, _ = read_audio(path)
-        if span:
-            waveform = waveform[slice(*(round(second * SAMPLE_RATE) for second in span))]
-        pcm = np.clip(np.round(waveform * 32768.0), -32768, 32767).astype("<i2")
-        return Decoded(pcm.tobytes(), _sha256(path))
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
-        reason = reason or type(error).__name__
-        with contextlib.suppress(OSError):
-            return Decoded(b"", _sha256(path), reason)
-        return Decoded(b"", "", reason)
-
-
-def _decode_all(listing: Listing, jobs: int) -> Iterator[Decoded]:
-    spans = map(listing.spans.get, listing.ids)
-    parts = list(zip(listing.paths, spans, strict=True))
-    jobs = min(jobs, len(parts))
-    if jobs == 1:
-        yield from map(_decode, parts)
-        return
-    # Not forked: by now this process may have threads of TensorFlow and JAX, with their locks.
-    context = multiprocessing.get_context("spawn")
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
-    try:
-        with ProcessPoolExecutor(
-            jobs,
-            mp_context=context,
-            initializer=signal.signal,
-            initargs=ignore_interrupt,
-        ) as pool:
-            yield from ordered(pool, _decode, parts, ahead=8 * jobs)
-    except BrokenProcessPool as error:
-        raise OSError(
-            "a decoding process died (out of memory, or a crash in a decoder, or the calling script"
-            ' has no `if __name__ == "__main__":`); jobs=1 decodes without processes'
-        ) from error
+    for name in ("shards", WORK):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 # --- writing --------------------------------------------------------------------------------------
 
 
 def _write(
-    out: Path, listing: Listing, identity: str, filter: str, decoded: Iterable[Decoded]
-) -> Report:
-    kept: list[int] = []
-    num_samples: list[int] = []
-    digests: list[str] = []
-    files: list[tuple[int, str]] = []
-    padded: list[str] = []
-    too_short: list[str] = []
-    unreadable: dict[str, str] = {}
-
-    labels = [listing.columns[name] for name in LABELS if name in listing.columns]
+    out: Path, listing: Listing, decoded: Iterable[Decoded]
+) -> tuple[list[tuple[str, int]], list[Outcome]]:
+    """Writes the clips; returns (path in `out`, records) of every shard, and all outcomes."""
+    outcomes: list[Outcome] = []
+    has_label = labelled(listing)
 
     def examples() -> Iterator[dict[str, Any]]:
         rows = tqdm(decoded, "prepare", len(listing.ids), unit="clip", disable=None)
-        for row, (pcm, source_sha256, reason) in enumerate(rows):
-            name = listing.ids[row]
-            if listing.paths:
-                files.append((_modified(listing.paths[row]), source_sha256))
-            if reason:
-                unreadable[name] = reason
-                continue
-            if len(pcm) < 2 * FRAME_LENGTH:
-                too_short.append(name)
-                continue
-            if len(pcm) < 2 * MIN_SAMPLES and any(column[row] for column in labels):
-                pcm = pcm.ljust(2 * MIN_SAMPLES, b"\0")
-                padded.append(name)
-            kept.append(row)
-            num_samples.append(len(pcm) // 2)
-            digests.append(hashlib.sha256(pcm).hexdigest())
-            yield {"id": name, "audio": pcm}
+        for row, file in enumerate(rows):
+            time = modified(listing.paths[row]) if listing.paths else 0
+            outcome, pcm = settle(file, time, has_label[row])
+            outcomes.append(outcome)
+            if pcm:
+                yield {"id": listing.ids[row], "audio": pcm}
 
     try:
-        shards = _write_shards(out, examples(), len(listing.ids))
+        return _write_shards(out, examples(), len(listing.ids)), outcomes
     except AssertionError:  # TFDS's word for a generator that yielded nothing
-        if kept:
+        if any(outcome.num_samples for outcome in outcomes):
             raise
-        reasons = unreadable or dict.fromkeys(too_short, f"under {FRAME_LENGTH} samples")
+        return [], outcomes
+
+
+def _finish(
+    out: Path,
+    listing: Listing,
+    identity: str,
+    filter: str,
+    shards: list[tuple[str, int]],
+    outcomes: Sequence[Outcome],
+) -> Report:
+    """Writes the report and, last, the index."""
+    rows = list(zip(listing.ids, outcomes, strict=True))
+    kept = [row for row, outcome in enumerate(outcomes) if outcome.num_samples]
+    num_samples = [outcomes[row].num_samples for row in kept]
+    unreadable = {name: outcome.reason for name, outcome in rows if outcome.reason}
+    short = [name for name, outcome in rows if not outcome.num_samples and not outcome.reason]
+    if not kept:
+        reasons = unreadable or dict.fromkeys(short, f"under {FRAME_LENGTH} samples")
         name, reason = next(iter(reasons.items()))
-        total = len(listing.ids)
-        raise ValueError(f"none of the {total} files can be used; {name}: {reason}") from None
+        raise ValueError(f"none of the {len(rows)} files can be used; {name}: {reason}")
     report = Report(
         source=listing.kind,
         filter=filter,
         listed=len(listing.ids),
         clips=len(kept),
         hours=round(sum(num_samples) / SAMPLE_RATE / 3600, 4),
-        padded=padded,
-        too_short=too_short,
+        padded=[name for name, outcome in rows if outcome.padded],
+        too_short=short,
         unreadable=unreadable,
         notes=list(listing.notes),
         coverage={
@@ -273,24 +226,25 @@ def _write(
         "identity": identity,
         "filter": filter,
         "listed": len(listing.ids),
-        "files": files,
+        "files": [(o.modified, o.source_sha256) for o in outcomes] if listing.paths else [],
     }
     index = {
         "shards": shards,
         "id": [listing.ids[row] for row in kept],
         "num_samples": num_samples,
-        "sha256": digests,
+        "sha256": [outcomes[row].sha256 for row in kept],
         "columns": {n: [values[row] for row in kept] for n, values in listing.columns.items()},
     }
     (out / "report.json").write_text(json.dumps(report._asdict(), indent=1))
     (out / "source.json").write_text(json.dumps(source))
     (out / (INDEX + ".tmp")).write_text(json.dumps(index))
     os.replace(out / (INDEX + ".tmp"), out / INDEX)
+    shutil.rmtree(out / WORK, ignore_errors=True)
     return report
 
 
 @functools.cache
-def _builder_class() -> Any:
+def builder_class() -> Any:
     """The TFDS builder of prepared clips; made at the first use, as TFDS takes long to import."""
     import tensorflow_datasets as tfds
 
@@ -328,7 +282,7 @@ def _write_shards(
     # TFDS sorts by key in 1000 temporary files that split the 128-bit keys evenly: spreading the
     # keys over that range keeps the order and keeps any one file small enough for memory.
     step = 2**128 // at_most
-    builder = _builder_class()(data_dir=str(out / "shards"), file_format="array_record")
+    builder = builder_class()(data_dir=str(out / "shards"), file_format="array_record")
     builder.examples = ((i * step, example) for i, example in enumerate(examples))
     tfds.disable_progress_bar()
     try:

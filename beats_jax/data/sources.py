@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -215,6 +216,13 @@ class _Shards:
         self._ends = list(itertools.accumulate(length for _, length in shards))
         self._readers: list[Any] = [None] * len(shards)
         self._lock = threading.Lock()
+        # AudioSet is 1024 shards, and as many files are what most systems let a process open at
+        # first; the reader of one more would find it empty. Room for a few such sets:
+        wanted = 256 + 4 * len(shards)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < wanted:  # negative: no limit
+            limit = wanted if hard < 0 else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
     def __call__(self, record: int) -> np.ndarray:
         shard = bisect.bisect_right(self._ends, record)
@@ -252,9 +260,20 @@ class _Shards:
             return self._readers[shard]
 
 
+def encode_example(id: str, audio: bytes) -> bytes:
+    """A record as TFDS writes it, made without TensorFlow: a tf.train.Example."""
+    features = {"audio": audio, "id": id.encode("utf-8", "surrogateescape")}
+    entries = [{"key": k.encode(), "value": _bytes(v)} for k, v in features.items()]
+    return _example_class()(features={"feature": entries}).SerializeToString()
+
+
+def _bytes(value: bytes) -> dict[str, Any]:
+    return {"bytes_list": {"value": [value]}}
+
+
 @functools.cache
 def _example_class() -> Any:
-    """A message class that reads tf.train.Example as far as bytes features go, without TensorFlow.
+    """A message class of tf.train.Example as far as bytes features go, without TensorFlow.
 
     Reference: tensorflow/core/example/{example,feature}.proto. A map is on the wire a list of
     entries, and text is bytes. It lives in a pool of its own, apart from TensorFlow's.

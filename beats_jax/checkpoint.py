@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,6 +81,7 @@ class Checkpoints:
             best_fn=(lambda metrics: metrics[keep_best]) if keep_best else None,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier),
         )
         self.folder = Path(folder).absolute()
         self._manager = ocp.CheckpointManager(
@@ -219,6 +221,17 @@ class Checkpoints:
             return
         with contextlib.suppress(*[OSError] if kind else []):
             self.close()
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Where Orbax's background threads wait for the other processes.
+
+    Also with an error of their own on their way out, of a write that failed on this process alone;
+    the others would wait at another barrier, for a part that never comes, and all would for ever.
+    """
+    if error := sys.exception():
+        raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 class _explained:

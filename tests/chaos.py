@@ -4,8 +4,9 @@
 
 First the run is made undisturbed. Then it is made anew with a fault in every round: at a random
 step a random process is killed (in a step, or while a checkpoint is written), asked to stop,
-stopped so that it hangs, or finds the disk full; or all are killed and a file of the newest
-checkpoint is cut or deleted. Every process has to end by itself, with the exit code that the fault
+stopped so that it hangs, or finds the disk full; or a shard of the data is cut under all of them
+(and put back for the next round); or all are killed and a file of the newest checkpoint is cut or
+deleted. Every process has to end by itself, with the exit code that the fault
 calls for; all are started again, as the launchers do. In the end every array of the last
 checkpoints, and the metrics, are those of the undisturbed run, bit for bit; with `--elastic`, where
 the rounds run on 1, 2, 4, 2, 1, … processes, what design section 6 promises. The last line is a
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import shutil
@@ -39,15 +41,17 @@ from runs import (
     without_timing,
 )
 
+from beats_jax.data.prepare import prepare
 from beats_jax.watchdog import TRY_AGAIN
 from beats_jax.writers import read_metrics
 
 STAGES = ("iter1/pretrain", "iter2/tokenizer")
-FAULTS = ("kill", "kill in a save", "stop", "hang", "full disk", "damage")
+FAULTS = ("kill", "kill in a save", "stop", "hang", "full disk", "cut shard", "damage")
 # How long any process may take: a start on a busy machine, or a hang until it is noticed.
 PATIENCE = 600.0
 # After a peer is lost: 75 by our own hand, or SIGABRT from JAX's coordination service.
 LOST = (TRY_AGAIN, -signal.SIGABRT)
+USAGE = 2  # what a full disk and unreadable data end with
 SMALL_FILE = 16_384  # bytes: less than any process's part of the parameters
 
 
@@ -67,11 +71,13 @@ class Series:
     def __init__(self, workdir: Path, processes: int, steps: int, hang_timeout: float, seed: int):
         self.workdir, self.steps, self.processes = workdir, steps, processes
         self.hang_timeout, self.random = hang_timeout, random.Random(seed)
-        self.launches = 0
+        self.launches, self.data = 0, workdir / "data"
+        prepare("synthetic", self.data)
 
     def start(self, run: Path, processes: int, cramped: int | None = None) -> list:
         """Starts all processes; number `cramped` cannot write a file of any size."""
         shared: dict = {"input__backend": "numpy", "hang_timeout_s": self.hang_timeout}
+        shared |= {"data__source": "folder", "data__dir": self.data}
         for stage in ("pretrain", "tokenizer"):
             shared |= {f"{stage}__steps": self.steps, f"{stage}__eval_every": 2}
         flags = tiny_flags(run, stages=STAGES, teacher=FIXTURES / "dev_encoder.pt", **shared)
@@ -147,7 +153,10 @@ class Series:
             elif fault == "damage":
                 for process in started:
                     process.kill()
-            codes = wait(started)
+            if fault == "cut shard":
+                codes = self.without_half_the_data(started)
+            else:
+                codes = wait(started)
         finally:
             for process in started:
                 process.kill()  # a stopped one too
@@ -156,7 +165,8 @@ class Series:
             "kill in a save": ((-signal.SIGKILL,), LOST),
             "stop": ((128 + signal.SIGTERM,), (128 + signal.SIGTERM,)),
             "hang": ((-signal.SIGKILL,), LOST),
-            "full disk": ((2,), LOST),
+            "full disk": ((USAGE,), LOST),
+            "cut shard": ((USAGE, *LOST), (USAGE, *LOST)),  # who reads it first says so
             "damage": ((-signal.SIGKILL,), (-signal.SIGKILL,)),
         }
         for i, code in enumerate(codes):
@@ -164,9 +174,23 @@ class Series:
         if fault == "stop":
             stopped = f"stopped and saved at step {finished(checkpoints)[-1].name};"
             assert stopped in self.log(0).read_text(), f"{stopped} {self.told(codes)}"
+        if fault == "cut shard":
+            assert USAGE in codes, self.told(codes)
         if fault == "damage":
             self.spoil(finished(checkpoints)[-1])
         return codes
+
+    def without_half_the_data(self, started: list) -> list[int]:
+        """Cuts the largest shard until all processes have ended; returns their exit codes."""
+        shard = max(
+            self.data.glob("shards/**/*array_record*"), key=lambda path: path.stat().st_size
+        )
+        whole = shard.read_bytes()
+        os.truncate(shard, len(whole) // 2)
+        try:
+            return wait(started)
+        finally:
+            shard.write_bytes(whole)
 
     def until(self, seen: Callable[[], bool], started: list) -> None:
         """Waits for something to be seen while all processes run."""

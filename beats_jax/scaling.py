@@ -5,11 +5,12 @@ its collectives are read off, and their bytes are set against published rates. N
 figures are computed, not measured.
 
 Read is the module as XLA's SPMD partitioner leaves it, the same for all platforms, and not the
-compiled one: a CPU widens bfloat16, and hours would go into machine code that nobody runs. What
-follows on a TPU or GPU joins small arrays into large collectives, which saves latency and no bytes;
-adds up what is added anyway before it is reduced, so that the reduced bytes here are an upper
-bound; makes reduce-scatters (`collectives`); and overlaps some of it with arithmetic: the two
-efficiencies are for all and for nothing. Latency, and the rest that a step waits for, are left out.
+compiled one: a CPU widens bfloat16 in it, and takes long over machine code that nobody runs. What a
+TPU's or GPU's compiler does to it next is not seen: it joins small arrays into large collectives,
+which saves latency and no bytes; it may add up first what is added after it is reduced (the bytes
+here are an upper bound); it makes reduce-scatters, which are counted (`collectives`); and it lets
+collectives run beside arithmetic. The two efficiencies are for none and for all of that. Latency,
+and whatever else a step waits for, are left out.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ class Machine(NamedTuple):
     port: float = 0.0
 
 
-# TPU: cloud.google.com/tpu/docs/v4, v5e and v5p, "interconnect bandwidth" of a chip: 2400, 1600 and
-# 4800 Gbit/s, one way over the links of a torus, all of which a ring of rings uses. H100 and H200
-# SXM: NVIDIA's data sheets (989 TFLOP/s dense; NVLink 900 GB/s, both ways together), 8 in a host
-# with a 400 Gbit/s InfiniBand port each, as in a DGX.
+# TPU: cloud.google.com/tpu/docs/v5e and v5p (links of a chip, both ways together: 400 and 1200
+# GB/s), and for v4 Jouppi et al. 2023, arXiv:2304.01433 (6 links of 50 GB/s). A torus is assumed,
+# all of whose links a collective uses at once. H100 and H200 SXM: NVIDIA's data sheets (989 TFLOP/s
+# dense; NVLink 900 GB/s, both ways together), 8 in a host with a 400 Gbit/s InfiniBand port each.
 MACHINES = {
     "TPU v4": Machine(275e12, 300e9),
     "TPU v5e": Machine(197e12, 200e9),
@@ -212,8 +213,8 @@ def table(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         cases.setdefault((row["size"], row["layout"]), []).append(row)
     columns: list[Callable[[dict[str, Any]], str]] = [
-        lambda row: f"{row['bytes_sent'] / 1e6:.4g}",
-        lambda row: f"{row['bytes_sent_per_clip'] / 1e6:.3g}",
+        lambda row: f"{row['bytes_sent'] / 1e6:.0f}",
+        lambda row: f"{row['bytes_sent_per_clip'] / 1e6:.0f}",
         *(functools.partial(_machine, name) for name in MACHINES),
     ]
     lines = [
@@ -227,7 +228,8 @@ def table(report: dict[str, Any]) -> str:
         "|---" * (4 + len(MACHINES)) + "|",
     ]
     for (size, layout), rows in cases.items():
-        cells = [" / ".join(show(row) for row in rows) for show in columns]
+        shown = [[show(row) for row in rows] for show in columns]
+        cells = [" / ".join(dict.fromkeys(cell) if len({*cell}) == 1 else cell) for cell in shown]
         lines.append(f"| {size} | {layout} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -495,6 +495,8 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
       masking                      pre-training's encoder alone, on its share of the patches and all
       pipeline                     prepared shards to batches
       compile, checkpoint          the pre-training step's start-up; its state to disk and back
+      scaling                      what that step sends between devices, and how well it should
+                                   scale: computed for --size and --devices, no machine needed
 
     example:
       beats-jax benchmark --what encode --size base --batch-size 8
@@ -512,12 +514,16 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--backend", choices=("tf", "numpy"), default="tf", help=help)
     help = "avex, speechbrain, or a folder with the official code"
     parser.add_argument("--against", metavar="PEER", default="", help=help)
+    help = "of scaling: how many, with commas (8,64,256); --size takes several too"
+    parser.add_argument("--devices", metavar="N", default="8,64,256", help=help)
     parser.add_argument("--json", metavar="OUT", help="file to write")
     parser.add_argument("--profile", metavar="FOLDER", default="", help="write a trace there")
 
     def run(args: argparse.Namespace) -> int:
         if args.repeats is not None and args.repeats < 1:
             raise ValueError(f"--repeats is {args.repeats}; want at least 1")
+        if args.what == "scaling":
+            return _scaling(args)
         mesh = {"data": 1 if "data=" in args.mesh else -1, "fsdp": 1, "tensor": 1}
         for part in args.mesh.split(","):
             axis, _, size = part.partition("=")
@@ -535,6 +541,19 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
         return 0
 
     return run
+
+
+def _scaling(args: argparse.Namespace) -> int:
+    counts = args.devices.split(",")
+    if not all(count.isdigit() for count in counts):
+        raise ValueError(f"--devices {args.devices}: want numbers, as in --devices 8,64")
+    from beats_jax import benchmark, scaling
+
+    report = scaling.report(args.size.split(","), [*map(int, counts)], args.seconds, args.dtype)
+    if args.json:
+        benchmark.save(report, args.json)
+    print(scaling.table(report))
+    return 0
 
 
 class _Parser(argparse.ArgumentParser):

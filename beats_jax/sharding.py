@@ -21,13 +21,13 @@ BATCH = P(("data", "fsdp"))
 
 # Last parts of a parameter's path -> how its dimensions lie on the mesh; the first match counts,
 # what matches nothing is replicated. Megatron's order: the first matmul of a pair is cut by
-# columns, the second by rows, so that one all-reduce a pair is enough.
+# columns, the second by rows, so that one all-reduce a pair is enough. The positional convolution's
+# kernel stays whole: cut, its spectrum, nine times its size, would be gathered as well as reduced.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(q_proj|k_proj|v_proj|fc1)/kernel$", P("fsdp", "tensor")),
     (r"(out_proj|fc2)/kernel$", P("tensor", "fsdp")),
     (r"(q_proj|k_proj|v_proj|fc1)/bias$", P("tensor")),
     (r"(post_extract_proj|connector|head)/kernel$", P("fsdp", None)),
-    (r"pos_conv/weight_v$", P(None, None, "fsdp")),
 )
 
 

@@ -53,7 +53,7 @@ def cache_settings():
     assert after == before, "the benchmark left them changed"
 
 
-SLOW = ("distill", "finetune")  # compiled as `pretrain` is
+SLOW = ("distill", "finetune", "masking")  # compiled as `pretrain` is
 
 
 @pytest.mark.parametrize(

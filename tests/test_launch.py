@@ -113,7 +113,12 @@ def test_keep_runs_again_as_the_exit_code_asks(fakes, tmp_path, codes, runs, cod
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_keep_passes_a_signal_on_and_does_not_run_again(fakes, tmp_path, number):
     fakes("train", SAVES)
-    process = subprocess.Popen(["bash", LAUNCH / "keep.sh", "train"], start_new_session=True)
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "keep.sh", "train"],
+        start_new_session=True,
+        # A shell cannot trap what was ignored when it started, as SIGINT is under `… &`.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
     wait_for(tmp_path / "up")
     process.send_signal(number)
     assert process.wait(30) == 143

@@ -23,12 +23,7 @@ from tqdm import tqdm
 from beats_jax import peers, roofline
 from beats_jax.fbank import fbank
 from beats_jax.stages import compute_dtype
-from beats_jax.training_workloads import (
-    Training,
-    checkpointing,
-    compilations,
-    encoder_passes,
-)
+from beats_jax.training_workloads import Training, checkpointing, compilations, encoder_passes
 from beats_jax.workloads import (
     TRAINING,
     Settings,

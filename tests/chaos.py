@@ -6,11 +6,11 @@ First the run is made undisturbed. Then it is made anew with a fault in every ro
 step a random process is killed (in a step, or while a checkpoint is written), asked to stop,
 stopped so that it hangs, or finds the disk full; or a shard of the data is cut under all of them
 (and put back for the next round); or all are killed and a file of the newest checkpoint is cut or
-deleted. Every process has to end by itself, with the exit code that the fault
-calls for; all are started again, as the launchers do. In the end every array of the last
-checkpoints, and the metrics, are those of the undisturbed run, bit for bit; with `--elastic`, where
-the rounds run on 1, 2, 4, 2, 1, … processes, what design section 6 promises. The last line is a
-summary in JSON; the exit code is 0 only if all of this held. `test_chaos.py` runs a short series.
+deleted. Every process has to end by itself, with the exit code that the fault calls for; all are
+started again, as the launchers do. In the end every array of the last checkpoints, and the metrics,
+are those of the undisturbed run, bit for bit; with `--elastic`, where the rounds run on 1, 2, 4, 2,
+1, … processes, what design section 6 promises. The last line is a summary in JSON; the exit code is
+0 only if all of this held. `test_chaos.py` runs a short series.
 """
 
 from __future__ import annotations

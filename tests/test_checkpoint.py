@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from runs import assert_trees_equal
 
+from beats_jax import checkpoint
 from beats_jax.checkpoint import Checkpoints, TrainState, load_params
 
 
@@ -80,3 +81,18 @@ def test_no_checkpoint_says_what_to_give(tmp_path):
     checkpoints.close()
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 6 in .*found: \[5\]"):
         load_params(f"{tmp_path}@6")
+
+
+def test_a_process_whose_write_failed_waits_for_no_other(monkeypatch):
+    """The others wait for its part at another barrier; `chaos.py` has it with real processes."""
+    waited = []
+    monkeypatch.setattr(
+        checkpoint.ocp.multihost, "get_barrier_sync_fn", lambda: lambda **at: waited.append(at)
+    )
+    checkpoint._barrier(key="saved", timeout_ms=1)
+    with pytest.raises(OSError, match="disk full"):
+        try:  # as Orbax's background thread ends a save
+            raise OSError("disk full")
+        finally:
+            checkpoint._barrier(key="finalized", timeout_ms=1)
+    assert waited == [{"key": "saved", "timeout_ms": 1}]

@@ -25,6 +25,7 @@ setup(
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8,<0.9",  # TFDS's ArrayRecord support does not declare these two
+        "etils[epath]>=1.12",
         "importlib_resources>=6",
         "flax>=0.12,<0.13",
         "jax>=0.10,<0.13",
@@ -49,6 +50,7 @@ setup(
     ],
     extras_require={
         "beam": ["apache-beam>=2.77,<3"],
+        "gcs": ["gcsfs>=2025.3"],  # for gs:// where TensorFlow is not installed
         # nodejs: pyright's node as a wheel, else it downloads one on its first run.
         "test": [
             "ipykernel>=7,<8",

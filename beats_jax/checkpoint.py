@@ -15,15 +15,16 @@ import logging
 import math
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
+from beats_jax import paths
 from beats_jax.damage import damage, set_aside
 from beats_jax.hosts import lost_peer
 
@@ -60,7 +61,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: epath.PathLike,
         keep: int = 2,
         keep_best: str = "",
         num_best: int = 1,
@@ -83,7 +84,7 @@ class Checkpoints:
             read_only=read_only,
             async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier),
         )
-        self.folder = Path(folder).absolute()
+        self.folder = paths.absolute(folder)
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_names=(*ITEMS, "meta")
         )
@@ -123,7 +124,7 @@ class Checkpoints:
                 + "); mend it, or start anew with another --workdir"
             )
         for step, reason in damaged.items():
-            place = set_aside(self.folder / str(step))
+            place = set_aside(self.folder / str(step), reason)
             log.warning(
                 "checkpoint %s/%d is damaged (%s): put aside as %s, going on from step %d",
                 *(self.folder, step, reason, place, intact),
@@ -237,7 +238,7 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 class _explained:
     """Turns whatever Orbax and TensorStore raise on a failed write into one OSError."""
 
-    def __init__(self, folder: Path, step: int | None):
+    def __init__(self, folder: epath.Path, step: int | None):
         self._what = f"checkpoint {folder}" + ("" if step is None else f"/{step}")
 
     def __enter__(self) -> None:
@@ -252,7 +253,7 @@ class _explained:
             ) from error
 
 
-def load_params(stage_folder: str | Path, item: str = "params") -> tuple[Any, dict[str, Any]]:
+def load_params(stage_folder: epath.PathLike, item: str = "params") -> tuple[Any, dict[str, Any]]:
     """Reads only the parameters (or one other item) of a stage's checkpoint, as numpy arrays.
 
     Args:
@@ -266,8 +267,8 @@ def load_params(stage_folder: str | Path, item: str = "params") -> tuple[Any, di
       FileNotFoundError: no finished checkpoint there, or not the one asked for.
     """
     path, _, wanted = str(stage_folder).partition("@")
-    folder = Path(path).absolute() / "checkpoints"
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+    folder = paths.absolute(path) / "checkpoints"
+    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
     if not steps or (wanted and wanted not in map(str, steps)):
         raise FileNotFoundError(
             f"no checkpoint {wanted} in {folder} (found: {steps}); give a stage folder such as "

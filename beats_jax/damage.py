@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 # Orbax's own records of a step and its items, all JSON.
 RECORDS = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "array_metadatas/*")
 
 
-def damage(folder: Path, items: Sequence[str]) -> str | None:
+def damage(folder: epath.Path, items: Sequence[str]) -> str | None:
     """Reads all of one step's checkpoint, on this process alone.
 
     Args:
@@ -34,11 +34,14 @@ def damage(folder: Path, items: Sequence[str]) -> str | None:
     try:
         json.loads((folder / "meta" / "metadata").read_text())
         for item in RECORDS:  # the manager reads them too; where one is missing it does without
-            for record in folder.rglob(item):
+            for record in (*folder.glob(item), *folder.glob(f"*/{item}")):
                 json.loads(record.read_text())
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             for item in items:
-                tree = reader.metadata(folder / item).item_metadata.tree
+                metadata = reader.metadata(folder / item).item_metadata
+                if metadata is None:
+                    return f"{item}: missing, or nothing in it"
+                tree = metadata.tree
                 as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
                 reader.restore(folder / item, restore_args=as_numpy)
     except Exception as error:  # ValueError, KeyError, OSError: as the layers below please
@@ -47,9 +50,16 @@ def damage(folder: Path, items: Sequence[str]) -> str | None:
     return None
 
 
-def set_aside(folder: Path) -> Path:
-    """Moves a step's folder out of `checkpoints/`, to `checkpoints_damaged/<step>` beside it."""
+def set_aside(folder: epath.Path, reason: str) -> epath.Path:
+    """Moves a step's folder out of `checkpoints/`, to `checkpoints_damaged/<step>` beside it.
+
+    `reasons.txt` there gets a line (and makes the folder, which in an object store is not empty).
+    """
     places = folder.parents[1] / f"{folder.parent.name}_damaged"
     places.mkdir(exist_ok=True)
     taken = len(list(places.glob(f"{folder.name}*")))
-    return folder.rename(places / (f"{folder.name}-{taken}" if taken else folder.name))
+    place = places / (f"{folder.name}-{taken}" if taken else folder.name)
+    reasons = places / "reasons.txt"
+    before = reasons.read_text() if reasons.exists() else ""
+    reasons.write_text(f"{before}{place.name}: {reason}\n")
+    return folder.rename(place)

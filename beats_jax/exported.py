@@ -22,6 +22,7 @@ from typing import Any
 import flax.traverse_util
 import jax
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -182,7 +183,7 @@ def _figures(source: Mapping[str, Any]) -> dict[str, float]:
     """The newest of every figure in a stage's log, at the model's step."""
     from beats_jax.writers import METRICS_FILE, read_metrics  # tensorboardX takes seconds to import
 
-    found, log = {}, Path(source["path"]) / METRICS_FILE
+    found, log = {}, epath.Path(source["path"]) / METRICS_FILE
     for line in read_metrics(log) if log.is_file() else ():
         if line["step"] <= source["step"]:
             found |= {name: x for name, x in line.items() if name not in _OF_THE_RUN}

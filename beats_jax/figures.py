@@ -5,11 +5,10 @@ The colours are Okabe and Ito's, which stay apart under every kind of colour bli
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from etils import epath
 
 from beats_jax.fbank import BANDS, FRAME_SHIFT, PATCH_SIZE, SAMPLE_RATE
 
@@ -88,16 +87,17 @@ def new_figure(
     return figure, list(axes.flat)
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: epath.PathLike) -> None:
     """Writes a PNG; its folder is made.
 
     Raises:
         OSError: it could not be written.
     """
-    path = Path(path)
+    path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        figure.savefig(path)
+        with path.open("wb") as file:
+            figure.savefig(file, format="png")
     except OSError as error:  # from a full disk it comes without the file's name
         raise OSError(
             error.errno, f"{error.strerror}; make room and start again", str(path)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from beats_jax import train
 from beats_jax.data.dataset import open_source
@@ -31,7 +31,7 @@ def wanted(config: Any, stage: str) -> bool:
     return bool(config.data.folds and not config.data.test_filter)
 
 
-def run_folds(config: Any, name: str, workdir: str | Path) -> None:
+def run_folds(config: Any, name: str, workdir: epath.PathLike) -> None:
     """Fine-tunes once for each value of the column `data.folds`, and sums the folds up.
 
     Interrupted, the same call goes on: finished folds are not run again.
@@ -45,7 +45,7 @@ def run_folds(config: Any, name: str, workdir: str | Path) -> None:
       ValueError: no such column, fewer than two folds, or what `train.run_stage` raises.
     """
     iteration = name.rpartition("/")[0] or config.iteration
-    column, folder = config.data.folds, Path(workdir) / iteration
+    column, folder = config.data.folds, epath.Path(workdir) / iteration
     values = fold_values(config.data, workdir)
     for value in values:
         fold = config.copy_and_resolve_references()
@@ -61,7 +61,7 @@ def run_folds(config: Any, name: str, workdir: str | Path) -> None:
         log.info("%s\n%s", folder / TABLE, table)
 
 
-def fold_values(data: Any, workdir: str | Path) -> list[str]:
+def fold_values(data: Any, workdir: epath.PathLike) -> list[str]:
     """The values of the column `data.folds` among the clips, in numbers' order if they are numbers.
 
     Raises:

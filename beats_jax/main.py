@@ -40,20 +40,16 @@ def main(_: list[str]) -> None:
     config = _CONFIG.value
     if config is None or not _WORKDIR.value:
         raise ValueError(f"--config=FILE and --workdir=FOLDER are both needed, as in: {EXAMPLE}")
-    if "://" in _WORKDIR.value:
-        raise ValueError(
-            f"--workdir={_WORKDIR.value}: give a folder, local or mounted (gcsfuse, s3fs): logs "
-            "grow line by line, which an object store cannot do"
-        )
     if config.deterministic:  # before JAX makes its backend
         os.environ["XLA_FLAGS"] = (
             os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
         )
     import jax
+    from etils import epath
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", config.compilation_cache)
     if cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(epath.Path(cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if config.precision == "float32":  # accelerators multiply in TF32 or bfloat16 otherwise
         jax.config.update("jax_default_matmul_precision", "highest")

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+from etils import epath
 
-from beats_jax import exported
+from beats_jax import exported, paths
 from beats_jax.checkpoint import load_params, tree_sha256
 from beats_jax.convert import load_official
 from beats_jax.fbank import BANDS, PATCH_SIZE
@@ -21,7 +22,7 @@ from beats_jax.stages import Pretrained, model_arguments, named_key
 KINDS = {"pretrain": "encoder", "tokenizer": "tokenizer", "finetune": "finetuned"}  # by stage
 
 
-def load_model(path: str | Path) -> Pretrained:
+def load_model(path: epath.PathLike) -> Pretrained:
     """A trained model: an exported folder, a stage's checkpoint, or a file of the official code.
 
     Args:
@@ -32,12 +33,15 @@ def load_model(path: str | Path) -> Pretrained:
       FileNotFoundError: nothing there, or no checkpoint in it.
       ValueError: not a model of this package or of the official code.
     """
-    where = Path(path)
-    if where.is_file():
-        return _official(where)
-    if (where / exported.WEIGHTS).is_file():
-        return exported.load_exported(where)
-    if not Path(str(path).partition("@")[0]).is_dir():
+    where = epath.Path(path)
+    single, whole = where.is_file(), (where / exported.WEIGHTS).is_file()
+    if (single or whole) and paths.in_store(where):
+        raise ValueError(f"{path}: only stage folders are read from a store; copy it here first")
+    if single:
+        return _official(Path(where))
+    if whole:
+        return exported.load_exported(Path(where))
+    if not epath.Path(str(path).partition("@")[0]).is_dir():
         raise FileNotFoundError(
             f"{path} is not there; give an exported folder, a stage folder (W/iter1/pretrain, "
             "…@STEP for an older checkpoint) or an official .pt file"
@@ -68,7 +72,7 @@ def _stage(path: str) -> Pretrained:
     params, meta = load_params(path)
     config: Any = ml_collections.ConfigDict(meta["config"])
     kind, codebook, arrays = KINDS[meta["stage"]], None, params
-    folder, step = str(Path(path.partition("@")[0]).absolute()), meta["step"]
+    folder, step = str(paths.absolute(path.partition("@")[0])), meta["step"]
     if kind == "tokenizer":  # of the same step, also while the run goes on
         codebook = load_params(f"{folder}@{step}", "model_state")[0]["codebook"]
         arrays = {**params, "codebook": codebook}

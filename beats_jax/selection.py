@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from beats_jax.checkpoint import Checkpoints, TrainState
@@ -112,7 +112,7 @@ def results(
     data: Data,
     keep_best: str,
     meta: Mapping[str, Any],
-    folder: Path,
+    folder: epath.Path,
 ) -> dict[str, float]:
     """Scores the final weights on the held-out and the test clips; writes `results.json`.
 

@@ -7,13 +7,13 @@ import json
 import platform
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -52,7 +52,7 @@ class Earlier(NamedTuple):
     lineage: dict[str, Any]
 
 
-def earlier(config: Any, name: str, workdir: str | Path) -> Earlier:
+def earlier(config: Any, name: str, workdir: epath.PathLike) -> Earlier:
     """Finds and reads the models of earlier stages; no path here is known to anything below.
 
     Where `config.init_from` names a model, its architecture replaces the config's. Fine-tuning
@@ -66,7 +66,7 @@ def earlier(config: Any, name: str, workdir: str | Path) -> Earlier:
     path, field = config.init_from, "config.init_from"
     if name == "finetune" and not path:
         iteration = config.iteration.partition("/")[0]  # the folds of one share its encoder
-        path, field = str(Path(workdir) / iteration / "pretrain"), "the encoder to fine-tune"
+        path, field = str(epath.Path(workdir) / iteration / "pretrain"), "the encoder to fine-tune"
         field += " (--config.init_from=PATH names one, =scratch is none)"
     if path and path != "scratch":
         start = _load(field, path)
@@ -82,7 +82,7 @@ def earlier(config: Any, name: str, workdir: str | Path) -> Earlier:
     return Earlier(given, start, lineage)
 
 
-def _teacher(config: Any, workdir: str | Path) -> Pretrained:
+def _teacher(config: Any, workdir: epath.PathLike) -> Pretrained:
     path, field = config.teacher, "config.teacher"
     if not path:
         if config.iteration not in TEACHERS:
@@ -90,21 +90,24 @@ def _teacher(config: Any, workdir: str | Path) -> Pretrained:
                 f"{config.iteration} has no teacher of its own; give one: --config.teacher=PATH "
                 f"(by themselves: {', '.join(f'{k} <- {v}' for k, v in TEACHERS.items())})"
             )
-        path, field = str(Path(workdir) / TEACHERS[config.iteration]), "the teacher"
+        path, field = str(epath.Path(workdir) / TEACHERS[config.iteration]), "the teacher"
     model = _load(field, path)
     if model.kind == "tokenizer":
         raise ValueError(f"{field}: {path} is a tokenizer; want an encoder or a fine-tuned model")
     return model
 
 
-def _tokenizer(config: Any, workdir: str | Path) -> tuple[Pretrained | int | None, dict[str, Any]]:
+def _tokenizer(
+    config: Any, workdir: epath.PathLike
+) -> tuple[Pretrained | int | None, dict[str, Any]]:
     """What labels the patches, and where it comes from."""
-    path = config.tokenizer.path
-    own = "" if config.iteration == "iter1" else str(Path(workdir) / config.iteration / "tokenizer")
+    path, own = config.tokenizer.path, ""
+    if config.iteration != "iter1":
+        own = str(epath.Path(workdir) / config.iteration / "tokenizer")
     if config.data.token_ids:
         store = open_store(config.data.token_ids)
         store.check(dtype=compute_dtype(config.precision).__name__)
-        if path or (own and Path(own).exists()):
+        if path or (own and epath.Path(own).exists()):
             wanted = _load("the tokenizer", path or own).source["params_sha256"]
             store.check(tokenizer=wanted)
         return store.num_codes, store.tokenizer
@@ -178,9 +181,9 @@ def starting_state(
         return checkpoints.restore(step, like), True
     if config.resume:
         path, _, wanted = config.resume.partition("@")
-        if not (Path(path) / "checkpoints").is_dir():
+        if not (epath.Path(path) / "checkpoints").is_dir():
             raise FileNotFoundError(f"config.resume: {path} is no stage folder (W/iter1/pretrain)")
-        other = Checkpoints(Path(path) / "checkpoints", read_only=True)
+        other = Checkpoints(epath.Path(path) / "checkpoints", read_only=True)
         if (step := int(wanted) if wanted else other.latest_step()) is None:
             raise FileNotFoundError(f"config.resume: no checkpoint in {other.folder}")
         _check_same_run(other, step, meta, ("seed", "batch_size"))

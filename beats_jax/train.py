@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -46,7 +47,7 @@ STAGES: dict[str, Callable[[Any, Any], tuple[Stage, Any]]] = {
 }
 
 
-def run_stage(config: Any, name: str, workdir: str | Path) -> None:
+def run_stage(config: Any, name: str, workdir: epath.PathLike) -> None:
     """Trains one stage of `config` to its last step, from wherever it was.
 
     Args:
@@ -66,7 +67,7 @@ def run_stage(config: Any, name: str, workdir: str | Path) -> None:
     config, name, section = checked(config, name)
     if name == "tokenizer" and section.path:
         return log.info("tokenizer: nothing to train, %s is given", section.path)
-    folder = Path(workdir) / config.iteration / name
+    folder = epath.Path(workdir) / config.iteration / name
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch_size(section.batch_size, section.micro_batches, mesh, name)
@@ -279,7 +280,7 @@ def evaluate(
     state: TrainState,
     frozen: Any,
     batches: Iterator[dict[str, jax.Array]],
-    folder: Path,
+    folder: epath.Path,
     step: int,
 ) -> dict[str, float]:
     """Figures of the held-out clips, prefixed `val_`; draws the first clip and the code usage."""
@@ -293,7 +294,7 @@ def evaluate(
     return {f"val_{name}": value for name, value in scored.figures.items()}
 
 
-def draw_augmentations(data: Data, config: Any, section: Any, folder: Path) -> None:
+def draw_augmentations(data: Data, config: Any, section: Any, folder: epath.Path) -> None:
     """The first training examples, as they were and as the model sees them."""
     local: list[dict[str, Any]] = [
         {name: np.asarray(x.addressable_data(0))[:3] for name, x in next(batches).items()}
@@ -314,7 +315,7 @@ def draw_augmentations(data: Data, config: Any, section: Any, folder: Path) -> N
     plots.plot_augmentations(unpatchify(before), unpatchify(after), titles, path)
 
 
-def draw_example(clip: dict[str, np.ndarray], path: Path) -> None:
+def draw_example(clip: dict[str, np.ndarray], path: epath.Path) -> None:
     """One held-out clip: its tokens, and where they were predicted, the guesses."""
     log_mel, ids, padding = unpatchify(clip["patches"]), clip["token_ids"], clip["padding_mask"]
     if "predicted_ids" in clip:
@@ -339,7 +340,9 @@ def bad_clips(outputs: dict[str, jax.Array], batch: dict[str, jax.Array]) -> np.
     return index[~np.isfinite(np.where(valid, nll, 0.0)).all(axis=1)]
 
 
-def blame(step: int, sums: dict[str, Any], clips: Clips, bad: np.ndarray, folder: Path) -> str:
+def blame(
+    step: int, sums: dict[str, Any], clips: Clips, bad: np.ndarray, folder: epath.Path
+) -> str:
     """The message for a step whose loss was not finite."""
     figures = floats(sums)
     names = ", ".join(clips.ids[i] for i in bad[:8])

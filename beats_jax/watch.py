@@ -8,10 +8,10 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from tqdm import tqdm
 
 from beats_jax.watchdog import COMPILING, Watchdog
@@ -167,7 +167,7 @@ class Report:
 
     def __init__(
         self,
-        folder: Path,
+        folder: epath.Path,
         name: str,
         start: int,
         steps: int,

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import masked_crc32c
+
+from beats_jax import paths
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -41,8 +42,8 @@ class Writer:
         OSError: the folder or a file in it cannot be written (permissions, disk full).
     """
 
-    def __init__(self, folder: str | os.PathLike[str], restored_step: int | None = None):
-        folder = Path(folder)
+    def __init__(self, folder: epath.PathLike, restored_step: int | None = None):
+        folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         keep = -1 if restored_step is None else int(restored_step)
         self.path = folder / METRICS_FILE
@@ -54,8 +55,8 @@ class Writer:
         name = f"{name}.{len(_event_files(folder))}"
         # Unbuffered, so that a kill tears the last record at worst. tensorboardX's SummaryWriter
         # hands events to a thread: a kill loses what is queued, a full disk goes unnoticed.
-        self._lines = open(self.path, "ab", buffering=0)
-        self._events = open(folder / name, "ab", buffering=0)
+        self._lines = paths.opened_to_append(self.path)
+        self._events = paths.opened_to_append(folder / name)
         self._add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -91,7 +92,7 @@ class Writer:
         self._events.close()
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+def read_metrics(path: epath.PathLike) -> list[dict[str, float]]:
     """Reads `metrics.jsonl`, while a run writes it too: a torn last line is left out.
 
     Args:
@@ -104,7 +105,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
         FileNotFoundError: there is no such file.
         ValueError: a line other than the last is not a JSON object with a step.
     """
-    path = Path(path)
+    path = epath.Path(path)
     path = path / METRICS_FILE if path.is_dir() else path
     *lines, _ = path.read_bytes().split(b"\n")  # after the last newline: nothing or a torn line
     metrics = []
@@ -135,21 +136,23 @@ def _decode_line(line: bytes) -> dict[str, float] | None:
         return None
 
 
-def _cut_lines(path: Path, keep: int) -> None:
-    """Truncates the file before the first line that is torn, unreadable or later than `keep`."""
+def _cut_lines(path: epath.Path, keep: int) -> None:
+    """Cuts the file off before the first line that is torn, unreadable or later than `keep`."""
     if not path.exists():
         return
-    *lines, _ = path.read_bytes().split(b"\n")
+    content = path.read_bytes()
+    *lines, _ = content.split(b"\n")
     end = 0
     for line in lines:
         values = _decode_line(line)
         if values is None or values["step"] > keep:
             break
         end += len(line) + 1
-    os.truncate(path, end)
+    if end < len(content):
+        _replace(path, content[:end])
 
 
-def _cut_events(folder: Path, keep: int) -> None:
+def _cut_events(folder: epath.Path, keep: int) -> None:
     """Rewrites every event file without the events later than `keep`; removes empty ones."""
     for path in _event_files(folder):
         records = list(_records(path.read_bytes()))
@@ -158,13 +161,17 @@ def _cut_events(folder: Path, keep: int) -> None:
         if not any(event.HasField("summary") and event.step <= keep for event, _ in records):
             path.unlink()
             continue
-        # A new file in the old one's place: a TensorBoard that has the old one open reads on.
-        draft = path.with_name(f"draft-{path.name.replace('tfevents', 'cut')}")
-        draft.write_bytes(b"".join(kept))
-        draft.replace(path)
+        _replace(path, b"".join(kept))
 
 
-def _event_files(folder: Path) -> list[Path]:
+def _replace(path: epath.Path, content: bytes) -> None:
+    """A new file in the old one's place: a TensorBoard that has the old one open reads on."""
+    draft = path.with_name(f"draft-{path.name.replace('tfevents', 'cut')}")
+    draft.write_bytes(content)
+    draft.replace(path)
+
+
+def _event_files(folder: epath.Path) -> list[epath.Path]:
     return sorted(folder.glob("events.out.tfevents.*"))
 
 

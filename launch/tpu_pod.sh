@@ -12,8 +12,9 @@
 #   bash launch/tpu_pod.sh create --name=beats --zone=us-central1-a --type=v5litepod-64 --spot
 #   bash launch/tpu_pod.sh install --name=beats --zone=us-central1-a
 #   bash launch/tpu_pod.sh run --name=beats --zone=us-central1-a -- \
-#       --config=configs/iter1.py --workdir=/mnt/beats/W --config.data.dir=/mnt/beats/audioset
-# /mnt/beats stands for a folder that all workers see (Filestore, or a bucket through gcsfuse).
+#       --config=configs/iter1.py --workdir=gs://beats/W --config.data.dir=/mnt/beats/audioset
+# The slice's service account has to write to the bucket; /mnt/beats stands for a disk with prepared
+# data on every worker (a copy, one they share, or a bucket through gcsfuse).
 # Every command twice does what it does once. A spot slice that was taken away is made anew by
 # create; then install and run, and training goes on from its newest checkpoint.
 set -euo pipefail

@@ -81,6 +81,7 @@ def test_the_one_before_is_taken_and_the_damaged_one_put_aside(saved, tmp_path, 
     (line,) = [r.getMessage() for r in caplog.records if r.name == "beats_jax"]
     assert "checkpoints/6 is damaged" in line and "going on from step 4" in line
     assert steps_in(folder) == [2, 4, 6] and steps_in(tmp_path / "checkpoints_damaged") == [6]
+    assert (tmp_path / "checkpoints_damaged" / "reasons.txt").read_text().startswith("6: ")
 
 
 def test_none_is_moved_where_all_are_damaged(saved, tmp_path):

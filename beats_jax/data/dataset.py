@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from beats_jax import sharding
+from beats_jax import paths, sharding
 from beats_jax.data.order import held_out
 from beats_jax.data.pipeline import Augment, eval_batches, train_batches
 from beats_jax.data.sources import INDEX, Clips, join, matches, open_clips, windows
@@ -46,7 +47,7 @@ class Data(NamedTuple):
 
     @classmethod
     def open(
-        cls, config: Any, batch_size: int, mesh: Mesh, workdir: str | Path, finetune: Any = None
+        cls, config: Any, batch_size: int, mesh: Mesh, workdir: epath.PathLike, finetune: Any = None
     ) -> Data:
         """Opens (and, the first time, prepares) the config's data.
 
@@ -100,7 +101,7 @@ class Data(NamedTuple):
         )
 
 
-def open_data(data: Any, workdir: str | Path) -> tuple[Clips, Clips]:
+def open_data(data: Any, workdir: epath.PathLike) -> tuple[Clips, Clips]:
     """Training and held-out clips.
 
     A folder of audio is prepared into `<workdir>/data/` by process 0, a prepared one is read where
@@ -130,7 +131,7 @@ def open_data(data: Any, workdir: str | Path) -> tuple[Clips, Clips]:
     return _split(clips.select(data.filter), data)
 
 
-def open_labelled(data: Any, task: str, workdir: str | Path) -> tuple[Clips, Clips, Clips]:
+def open_labelled(data: Any, task: str, workdir: epath.PathLike) -> tuple[Clips, Clips, Clips]:
     """Training, held-out and test clips, with their labels.
 
     The classes are those of all three together, so that every fold has the same. Says how many
@@ -200,12 +201,12 @@ def open_labelled(data: Any, task: str, workdir: str | Path) -> tuple[Clips, Cli
     return train, val, clips.select(keep=test)
 
 
-def open_source(data: Any, workdir: str | Path) -> Clips:
+def open_source(data: Any, workdir: epath.PathLike) -> Clips:
     """All clips of a config's `data`, before its `filter`; see `open_data`."""
     if data.source == "synthetic":
         return synthetic_clips(data.num_clips, data.clip_seconds, seed=0)
     if data.source == "folder":
-        return open_folders(data.dir, Path(workdir) / "data")
+        return open_folders(data.dir, epath.Path(workdir) / "data")
     raise ValueError(f'data.source "{data.source}" is unknown; use "folder" or "synthetic"')
 
 
@@ -228,7 +229,7 @@ def _grid(clips: Clips, data: Any) -> Clips:
     return dataclasses.replace(clips, token_ids=store.ids)
 
 
-def open_folders(folders: str, cache: Path | None = None) -> Clips:
+def open_folders(folders: str, cache: epath.PathLike | None = None) -> Clips:
     """One folder, or several with commas between them as one set.
 
     Args:
@@ -238,22 +239,28 @@ def open_folders(folders: str, cache: Path | None = None) -> Clips:
       ValueError: none named, two of one name, or not prepared.
       FileNotFoundError: one is not there.
     """
-    paths = [Path(folder.strip()) for folder in folders.split(",") if folder.strip()]
-    names = [path.resolve().name for path in paths]
-    if not paths:
+    sources = [Path(folder.strip()) for folder in folders.split(",") if folder.strip()]
+    names = [path.resolve().name for path in sources]
+    if not sources:
         raise ValueError("no audio named; set --config.data.dir=FOLDER (or FOLDER,FOLDER)")
     if len(set(names)) < len(names):
         raise ValueError(f"data.dir: folders need different names, got {', '.join(names)}")
     sets = {
-        name: open_clips(_prepared(path, cache / name) if cache else path)
-        for name, path in zip(names, paths, strict=True)
+        name: open_clips(_prepared(path, epath.Path(cache) / name) if cache else path)
+        for name, path in zip(names, sources, strict=True)
     }
     return join(sets) if len(sets) > 1 else sets[names[0]]
 
 
-def _prepared(folder: Path, out: Path) -> Path:
+def _prepared(folder: Path, cache: epath.Path) -> Path:
     if (folder / INDEX).exists():
         return folder
+    if paths.in_store(cache):
+        raise ValueError(
+            f"data.dir: {folder} is not prepared, and in {cache} it cannot be: beats-jax prepare "
+            f"{folder} OUT, then --config.data.dir=OUT"
+        )
+    out = Path(cache)
     if not folder.exists() and (out / INDEX).exists():
         log.warning("%s is gone; going on with what was prepared from it in %s", folder, out)
         return out

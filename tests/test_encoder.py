@@ -10,6 +10,7 @@ from jax import lax
 
 from beats_jax.masking import gather_rows, random_masking, scatter_rows
 from beats_jax.models import encoder as encoder_module
+from beats_jax.models.dropout import Dropout
 from beats_jax.models.encoder import (
     Encoder,
     SelfAttention,
@@ -309,6 +310,28 @@ def test_dropout():
 
         np.testing.assert_array_equal(run(0), run(0))
         assert float(jnp.abs(run(0) - run(1)).max()) > 1e-3, field
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_drops_its_share_and_keeps_the_mean(rate):
+    x = jnp.full((64, 5, 126), 2.0, jnp.bfloat16)  # 126: the last word of a row is used by half
+    y = Dropout(rate).apply({}, x, rngs={"dropout": jax.random.key(0)})
+    assert y.dtype == x.dtype and len(np.unique(np.float32(y))) == 2
+    dropped = np.asarray(y == 0)
+    sigma = np.sqrt(rate * (1 - rate) / dropped.size)
+    assert abs(dropped.mean() - round(rate * 256) / 256) < 4 * sigma
+    assert float(y.mean(dtype=jnp.float32)) == pytest.approx(2, rel=0.02)
+    # Each of the four bytes of a word is a draw of its own, in every row and column alike.
+    draws = dropped.reshape(-1, 126)
+    assert np.abs(np.corrcoef(draws[:, :4].T) - np.eye(4)).max() < 4 / np.sqrt(len(draws))
+    assert np.abs(draws.mean(axis=0) - rate).max() < 5 * np.sqrt(rate * (1 - rate) / len(draws))
+
+
+def test_dropout_of_nothing_and_of_all():
+    x, rngs = noise(2, 3, 5), {"dropout": jax.random.key(0)}
+    np.testing.assert_array_equal(Dropout(0.0).apply({}, x), x)
+    np.testing.assert_array_equal(Dropout(0.5).apply({}, x, deterministic=True), x)
+    assert not np.any(Dropout(1.0).apply({}, x, rngs=rngs))
 
 
 def test_layerdrop_draws_once_a_layer():

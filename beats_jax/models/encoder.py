@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from beats_jax.masking import Visible
+from beats_jax.models.dropout import Dropout
 from beats_jax.models.position import PositionalConv, RelativePositionBias
 
 ACTIVATIONS = {"gelu": functools.partial(nn.gelu, approximate=False), "relu": nn.relu}
@@ -73,7 +74,7 @@ class SelfAttention(nn.Module):
         if deterministic:
             out = jax.lax.platform_dependent(*inputs, cpu=attend_in_parts, default=attend)
         else:
-            drop = nn.Dropout(self.dropout)
+            drop = Dropout(self.dropout)
             out = attend(*inputs, functools.partial(drop, deterministic=False))
         out = out.reshape(batch, length, dim)
         return nn.Dense(dim, dtype=self.dtype, kernel_init=linear_init(beta), name="out_proj")(out)
@@ -212,14 +213,14 @@ class EncoderLayer(nn.Module):
 
         def attend(y):
             y = attention(y, bias, padding_mask, deterministic)
-            return nn.Dropout(self.dropout)(y, deterministic=deterministic)
+            return Dropout(self.dropout)(y, deterministic=deterministic)
 
         def feed_forward(y):
             y = dense(self.ffn_dim, name="fc1")(y).astype(jnp.float32)
             y = ACTIVATIONS[self.activation](y).astype(self.dtype)
-            y = nn.Dropout(self.activation_dropout)(y, deterministic=deterministic)
+            y = Dropout(self.activation_dropout)(y, deterministic=deterministic)
             y = dense(x.shape[-1], name="fc2")(y)
-            return nn.Dropout(self.dropout)(y, deterministic=deterministic)
+            return Dropout(self.dropout)(y, deterministic=deterministic)
 
         norm = functools.partial(normalise, dtype=self.dtype)
         if self.layer_norm_first:
@@ -360,7 +361,7 @@ class Encoder(Transformer):
             x = x + conv(x, places, length, forward_only=deterministic)
         if not self.layer_norm_first:
             x = normalise("layer_norm", x, self.dtype)
-        x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        x = Dropout(self.dropout)(x, deterministic=deterministic)
         outputs = self.run_layers(x, padding_mask, visible, length, deterministic)
         if self.layer_norm_first:
             outputs[-1] = normalise("layer_norm", outputs[-1], self.dtype)

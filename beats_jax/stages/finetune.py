@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +26,7 @@ from beats_jax.losses import binary_cross_entropy, soft_cross_entropy
 from beats_jax.masking import random_masking
 from beats_jax.metrics import Mean
 from beats_jax.models.beats import BEATs, dense, depths, token_padding_mask
+from beats_jax.models.dropout import Dropout
 from beats_jax.stages import (
     Stage,
     batch_patches,
@@ -121,7 +121,7 @@ def make(
             deterministic=deterministic,
             rngs=rngs,
         )
-        x = nn.Dropout(head_dropout).apply(
+        x = Dropout(head_dropout).apply(
             {}, jnp.asarray(x, jnp.float32), deterministic=deterministic, rngs=rngs
         )
         # Padded patches are zeros. The head is linear: logits of the mean = mean of the logits.

@@ -71,11 +71,13 @@ def run(
     dtype = compute_dtype(settings.dtype)
     exact = jax.default_matmul_precision("highest" if dtype == jnp.float32 else None)
     with exact:
+        # First: loaded after TensorFlow, which the pipeline imports, avex crashes the process.
+        peer = _peer(settings, against) if against else None
         workloads = make_workloads(settings)
         agreement = {}
-        if against:
-            peer, agreement = _beside(settings, workloads[0], against)
-            workloads.append(peer)
+        if peer:
+            theirs, agreement = _beside(settings, workloads[0], against, peer)
+            workloads.append(theirs)
         ceiling = None
         if any(workload.flops for workload in workloads):
             product, flops = roofline.matmul(dtype)
@@ -203,15 +205,21 @@ def row(
     return figures | {"host_bytes": max(samples["host_bytes"])} | workload.figures
 
 
-def _beside(settings: Settings, ours: Workload, name: str) -> tuple[Workload, dict[str, Any]]:
+def _peer(settings: Settings, name: str) -> peers.Peer:
+    dtype = jnp.dtype(compute_dtype(settings.dtype)).name
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    return peers.load_peer(name, random_model(settings.size), dtype, device)
+
+
+def _beside(
+    settings: Settings, ours: Workload, name: str, peer: peers.Peer
+) -> tuple[Workload, dict[str, Any]]:
     """A peer as a workload, and how far its answer is from ours.
 
     Raises:
-        ValueError: no such peer, or its answer is another.
+        ValueError: its answer is another.
     """
     dtype = jnp.dtype(compute_dtype(settings.dtype)).name
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    peer = peers.load_peer(name, random_model(settings.size), dtype, device)
     function = peer.encode if settings.what == "encode" else peer.fbank
     waveform = noise(settings)
     tensor = peer.tensor(waveform)

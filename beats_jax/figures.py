@@ -5,6 +5,7 @@ The colours are Okabe and Ito's, which stay apart under every kind of colour bli
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,16 +89,17 @@ def new_figure(
 
 
 def save_figure(figure: Figure, path: epath.PathLike) -> None:
-    """Writes a PNG; its folder is made.
+    """Writes a picture of the kind that the name's ending says, or a PNG; its folder is made.
 
     Raises:
+        ValueError: matplotlib knows no such kind.
         OSError: it could not be written.
     """
-    path = epath.Path(path)
+    path, picture = epath.Path(path), io.BytesIO()
+    figure.savefig(picture, format=path.suffix.lstrip(".") or "png")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with path.open("wb") as file:
-            figure.savefig(file, format="png")
+        path.write_bytes(picture.getvalue())
     except OSError as error:  # from a full disk it comes without the file's name
         raise OSError(
             error.errno, f"{error.strerror}; make room and start again", str(path)

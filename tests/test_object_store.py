@@ -109,6 +109,8 @@ def test_pictures_and_damaged_checkpoints(bucket):
     figure, _ = new_figure(1, 1, (1, 1))
     save_figure(figure, bucket / "W/plots/a.png")
     assert (bucket / "W/plots/a.png").read_bytes().startswith(b"\x89PNG")
+    save_figure(figure, bucket / "W/plots/a.svg")
+    assert "<svg" in (bucket / "W/plots/a.svg").read_text()
     for reason in ("cut", "gone"):
         (bucket / "W/checkpoints/6").mkdir(parents=True, exist_ok=True)
         (bucket / "W/checkpoints/6/meta").write_text("{}")

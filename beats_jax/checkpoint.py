@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -275,12 +275,24 @@ def load_params(stage_folder: epath.PathLike, item: str = "params") -> tuple[Any
             f"W/iter1/pretrain, or an official .pt file"
         )
     step = int(wanted) if wanted else steps[-1]
-    with ocp.PyTreeCheckpointer() as reader:
+    with _without_warnings(), ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(folder / str(step) / item).item_metadata
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree.tree)
         arrays = reader.restore(folder / str(step) / item, restore_args=as_numpy)
     meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())
     return arrays, {**meta, "step": step}
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax looks for a file of its manager's inside an item, and warns that it is not there."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.setLevel(level)
 
 
 def tree_sha256(tree: Any) -> str:

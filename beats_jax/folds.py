@@ -71,8 +71,8 @@ def fold_values(data: Any, workdir: epath.PathLike) -> list[str]:
     if data.folds not in clips.columns:
         raise ValueError(
             f"data.folds: no column {data.folds!r}; the columns are: "
-            f"{', '.join(clips.columns) or 'none'}; or test one part: "
-            "--config.data.folds= --config.data.test_filter=COLUMN=VALUE"
+            f"{', '.join(clips.columns) or 'none'}; without folds: --config.data.folds=, and "
+            "--config.data.test_filter=COLUMN=VALUE if a part is to be tested"
         )
     values = {value for value in clips.columns[data.folds] if value}
     if len(values) < 2 or any(set(value) & set(",|") for value in values):

@@ -1,9 +1,9 @@
 """`python -m beats_jax.main --config=configs/iter1.py --workdir=W` runs a config's stages in order.
 
 Interrupted or killed, the same command goes on where it was. Flags override the config:
-`--config.pretrain.steps=40`. Exit codes: 0 done, 2 wrong usage, input or a failed write, 75 another
-process was lost or this one hung: start all of them again, 130/143 stopped by SIGINT/SIGTERM, while
-training with everything saved.
+`--config.pretrain.steps=40`. Exit codes: 0 done, 2 wrong usage, input, a failed write or too little
+memory, 75 another process was lost or this one hung: start all of them again, 130/143 stopped by
+SIGINT/SIGTERM, while training with everything saved.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS([resolve(arg) for arg in argv])
     except (AttributeError, KeyError, TypeError) as error:  # ml_collections, on a wrong field
-        raise ValueError(f"wrong flag: {error}") from error
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        raise ValueError(f"wrong flag: {reason}") from error
 
 
 def _unraisable(unraisable) -> None:
@@ -113,12 +114,18 @@ def run() -> None:
             first = str(error).strip().partition("\n")[0][:300]
             print(f"beats_jax: {lost} ({first})", file=sys.stderr, flush=True)
             os._exit(TRY_AGAIN)
-        told = isinstance(
+        full = "RESOURCE_EXHAUSTED" in str(error)
+        told = full or isinstance(
             error, (ValueError, OSError, ImportError, FloatingPointError, flags.Error)
         )
         if not told or (_TRACEBACK.present and _TRACEBACK.value):
             raise
         message = " ".join(str(error).split())
+        if full:
+            message = (
+                f"out of memory ({message[:200]}); take a smaller --config.STAGE.batch_size, or "
+                "the same in parts, --config.STAGE.micro_batches=4"
+            )
         print(f"beats_jax: {message} (--traceback shows where)", file=sys.stderr, flush=True)
         os._exit(2)  # not sys.exit: threads of a write that failed would have their say after it
 

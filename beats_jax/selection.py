@@ -9,6 +9,8 @@ decide nothing (method.md (b) 19).
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +24,8 @@ from beats_jax.checkpoint import Checkpoints, TrainState
 from beats_jax.data.dataset import Data
 from beats_jax.metrics import mean_average_precision, summarize
 from beats_jax.optim import averaged_weights
+
+log = logging.getLogger("beats_jax")
 
 Batches = Iterator[dict[str, jax.Array]]
 RESULTS = "results.json"  # of a fine-tuned stage folder
@@ -145,6 +149,12 @@ def results(
     }
     if jax.process_index() == 0:
         (folder / RESULTS).write_text(json.dumps(record, indent=1))
+        name = comparison["selected"]
+        figure = "mAP" if meta["task"] == "multi-label" else "accuracy"
+        for of, figures in comparison["weights"][name].items():
+            value = figures.get(figure, math.nan)
+            log.info("%s %s %.3f (%d clips, %s weights)", of, figure, value, len(clips[of]), name)
+        log.info("more in %s", folder / RESULTS)
     return flat_figures(comparison)
 
 

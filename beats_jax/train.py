@@ -85,6 +85,9 @@ def run_stage(config: Any, name: str, workdir: epath.PathLike) -> None:
     like = start.abstract_state(init, mesh)
     state, restored = start.starting_state(config, init, like, checkpoints, meta, earlier.start)
     done, chief = int(state.step), jax.process_index() == 0
+    title = f"{config.iteration}/{name}"
+    if restored:
+        log.info("%s goes on from step %d of %d", title, done, section.steps)
     if chief:
         (folder / "config.json").write_text(json.dumps(meta, indent=1))
 
@@ -96,7 +99,6 @@ def run_stage(config: Any, name: str, workdir: epath.PathLike) -> None:
     watchdog = Watchdog(config.get("hang_timeout_s", 0), done)
     clip_seconds = config.data.clip_seconds
     clock = Clock(done, section.batch_size, clip_seconds, stage.flops_per_clip, watchdog)
-    title = f"{config.iteration}/{name}"
     report = Report(folder, title, done, section.steps, restored, stage.warn)
     reference = reference_curves(config, title)
 

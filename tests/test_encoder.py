@@ -315,7 +315,7 @@ def test_dropout():
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_drops_its_share_and_keeps_the_mean(rate):
     x = jnp.full((64, 5, 126), 2.0, jnp.bfloat16)  # 126: the last word of a row is used by half
-    y = Dropout(rate).apply({}, x, rngs={"dropout": jax.random.key(0)})
+    y: Any = Dropout(rate).apply({}, x, rngs={"dropout": jax.random.key(0)})
     assert y.dtype == x.dtype and len(np.unique(np.float32(y))) == 2
     dropped = np.asarray(y == 0)
     sigma = np.sqrt(rate * (1 - rate) / dropped.size)
@@ -331,7 +331,8 @@ def test_dropout_of_nothing_and_of_all():
     x, rngs = noise(2, 3, 5), {"dropout": jax.random.key(0)}
     np.testing.assert_array_equal(Dropout(0.0).apply({}, x), x)
     np.testing.assert_array_equal(Dropout(0.5).apply({}, x, deterministic=True), x)
-    assert not np.any(Dropout(1.0).apply({}, x, rngs=rngs))
+    nothing: Any = Dropout(1.0).apply({}, x, rngs=rngs)
+    assert not np.any(nothing)
 
 
 def test_layerdrop_draws_once_a_layer():

@@ -126,6 +126,7 @@ def test_bad_labels_are_one_clear_line(cells, task, classes, message):
         ({"data__label": "colour"}, "no column 'colour'; the columns are: category, events, fold"),
         ({"data__test_filter": "fold=9"}, "leaves no clip; fold has values like"),
         ({"data__test_filter": "fold!=9"}, "all 84 clips pass data.test_filter"),
+        ({"data__filter": "category=rain"}, "clips are 'rain': there is nothing to tell apart"),
         ({"data__crop": "grid"}, "whole clips"),
         ({"data__clip_seconds": 0.1}, "holds no token"),
         ({"data__val_filter": "fold=1"}, "holds out 0 of 56 clips that are not tested"),

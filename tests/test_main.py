@@ -92,6 +92,17 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
     assert run(flags).returncode == 0  # with room again, from the checkpoint that was left
 
 
+def test_too_little_memory_is_told_in_a_line():
+    code = (
+        "import beats_jax.main as m\n"
+        "def main(_): raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')\n"
+        "m.main = main\n"
+        "m.run()"
+    )
+    line = last_line(run([sys.executable, "-c", code]))
+    assert "allocating 9 bytes" in line and "--config.STAGE.micro_batches=4" in line
+
+
 def test_a_packaged_config_is_found_from_any_directory(tmp_path):
     flags = tiny_flags(tmp_path / "run", config="iter1")
     flags = [flag for flag in flags if "num_clips" not in flag]

@@ -146,7 +146,7 @@ def open_labelled(data: Any, task: str, workdir: epath.PathLike) -> tuple[Clips,
 
     Raises:
       ValueError: as `open_data`; no such column; a clip without a label, or with one that is not
-        in `classes`; filters that leave nothing to test, to hold out or to train on.
+        in `classes`; a single class; filters that leave nothing to test, hold out or train on.
       FileNotFoundError: `dir` is not there.
     """
     if data.crop != "random":
@@ -167,6 +167,11 @@ def open_labelled(data: Any, task: str, workdir: epath.PathLike) -> tuple[Clips,
         )
     cells = clips.columns[data.label]
     labels = read_labels(cells, clips.ids, task, data.classes, data.label)
+    if task == "single-label" and len(labels.names) < 2:
+        raise ValueError(
+            f"data.label: all {len(clips)} clips are {labels.names[0]!r}: there is nothing to tell "
+            "apart; want two classes or more, each in a sub-folder of its own"
+        )
     clips = dataclasses.replace(clips, labels=labels)
     test = np.zeros(len(clips), bool)
     if data.test_filter:

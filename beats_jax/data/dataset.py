@@ -169,7 +169,7 @@ def open_labelled(data: Any, task: str, workdir: epath.PathLike) -> tuple[Clips,
     labels = read_labels(cells, clips.ids, task, data.classes, data.label)
     if task == "single-label" and len(labels.names) < 2:
         raise ValueError(
-            f"data.label: all {len(clips)} clips are {labels.names[0]!r}: there is nothing to tell "
+            f"data.label: all {len(clips)} clips are {cells[0]!r}: there is nothing to tell "
             "apart; want two classes or more, each in a sub-folder of its own"
         )
     clips = dataclasses.replace(clips, labels=labels)

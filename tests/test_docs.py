@@ -83,7 +83,12 @@ def desk(tmp_path, monkeypatch, waveforms):
 
 def test_the_commands_on_models_run(desk, capsys):
     words = [shlex.split(c)[1:] for c in commands() if c.startswith("beats-jax")]
-    trained = {"W/iter2/tokenizer", "labelled", "F/esc50/finetune"}  # what a run leaves
+    trained = {
+        "W/iter2/tokenizer",
+        "labelled",
+        "F/esc50/finetune",
+        "F/mine/finetune",
+    }  # what a run leaves
     done = [w for w in words if w[0] in USED and not trained & {*w} and w[-1] != "W/iter2/pretrain"]
     assert {w[0] for w in done} == {*USED}
     for command in done:

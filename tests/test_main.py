@@ -69,6 +69,8 @@ def test_no_config_and_an_unknown_one(tmp_path):
     assert "no config configs/iter9.py; packaged ones: " in last_line(done)
     done = run([*main, "--config=configs/smoke.py", f"--workdir={tmp_path}", "--num_processes=2"])
     assert "--num_processes without --coordinator; give" in last_line(done)
+    done = run([*main, "--config=configs/smoke.py", "--workdir=s3://bucket/W"])
+    assert "--workdir=s3://bucket/W: want a folder, or gs://BUCKET/FOLDER" in last_line(done)
     done = run([*main, "--config=my/iter1.py", f"--workdir={tmp_path}"])
     assert "no config my/iter1.py; packaged ones: " in last_line(done)
 

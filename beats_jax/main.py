@@ -40,8 +40,7 @@ def main(_: list[str]) -> None:
     config = _CONFIG.value
     if config is None or not _WORKDIR.value:
         raise ValueError(f"--config=FILE and --workdir=FOLDER are both needed, as in: {EXAMPLE}")
-    scheme, found, _ = _WORKDIR.value.partition("://")
-    if found and scheme != "gs":  # epath would take an unknown one for a folder of this machine
+    if "://" in _WORKDIR.value.removeprefix("gs://"):  # epath would take an unknown one for a folder of this machine
         raise ValueError(f"--workdir={_WORKDIR.value}: want a folder, or gs://BUCKET/FOLDER")
     if config.deterministic:  # before JAX makes its backend
         os.environ["XLA_FLAGS"] = (

@@ -40,7 +40,7 @@ def main(_: list[str]) -> None:
     config = _CONFIG.value
     if config is None or not _WORKDIR.value:
         raise ValueError(f"--config=FILE and --workdir=FOLDER are both needed, as in: {EXAMPLE}")
-    if "://" in _WORKDIR.value.removeprefix("gs://"):  # epath would take an unknown one for a folder of this machine
+    if "://" in _WORKDIR.value.removeprefix("gs://"):  # epath: a local folder
         raise ValueError(f"--workdir={_WORKDIR.value}: want a folder, or gs://BUCKET/FOLDER")
     if config.deterministic:  # before JAX makes its backend
         os.environ["XLA_FLAGS"] = (

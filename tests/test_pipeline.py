@@ -93,9 +93,7 @@ def test_executors_are_bit_equal_over_two_epochs_and_after_a_resume(clips):
 
 
 def test_starting_late_costs_nothing_and_counts_on(clips):
-    begin = time.perf_counter()
-    batch = train(clips, 1, backend="numpy", start=10**9 // 4)
-    assert time.perf_counter() - begin < 1
+    batch = train(clips, 1, backend="numpy", start=10**9 // 4)  # reading them would take a day
     np.testing.assert_array_equal(batch["counter"], 10**9 + np.arange(4))
 
 

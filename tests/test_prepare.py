@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -333,9 +332,8 @@ def test_stats(prepared):
 @pytest.mark.realdata
 def test_real_files(tmp_path):
     source = Path(os.environ["BEATS_JAX_DATA"]) / "fsdd"
-    begin = time.perf_counter()
     report = prepare(source, tmp_path / "out", filter="speaker=george,index=0|1")
-    assert report.clips == report.listed == 20 and time.perf_counter() - begin < 120
+    assert report.clips == report.listed == 20
     clips = open_clips(tmp_path / "out")
     for waveform, name in zip(clips.fetch(np.arange(20)), clips.ids, strict=True):
         samples, _ = soundfile.read(source / "audio" / name, dtype="int16")

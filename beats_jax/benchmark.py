@@ -23,7 +23,7 @@ from tqdm import tqdm
 from beats_jax import peers, roofline
 from beats_jax.fbank import fbank
 from beats_jax.stages import compute_dtype
-from beats_jax.training_workloads import Training, checkpointing, compilations, encoder_passes
+from beats_jax.training_workloads import Training, checkpointing, compilations, masking
 from beats_jax.workloads import (
     TRAINING,
     Settings,
@@ -131,7 +131,7 @@ def make_workloads(settings: Settings) -> list[Workload]:
         "fbank": front_ends,
         "encode": lambda settings, mesh: [inference(settings, mesh)],
         "tokenize": lambda settings, mesh: [inference(settings, mesh)],
-        "masking": encoder_passes,
+        "masking": masking,
         "pipeline": pipelines,
         "compile": compilations,
         "checkpoint": checkpointing,

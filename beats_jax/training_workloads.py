@@ -54,7 +54,7 @@ def training_config(settings: Settings) -> tuple[Any, str]:
 
 
 class Training:
-    """One stage's step, as the loop compiles it.
+    """One stage's step, as the loop compiles it; pre-training's on this share of `visible` patches.
 
     Attributes:
         stage, frozen, like: the stage, what is frozen in it, shapes and layout of its state.
@@ -62,9 +62,11 @@ class Training:
         step: the jitted step, (state, frozen, batch) -> state, sums; the state is given away.
     """
 
-    def __init__(self, settings: Settings, mesh: Mesh):
+    def __init__(self, settings: Settings, mesh: Mesh, visible: float | None = None):
         self.settings, self.mesh = settings, mesh
         self.config, name = training_config(settings)
+        if visible is not None:
+            self.config.pretrain.visible = visible
         self.clips = noise_clips(settings)
         self.clip_samples = round(settings.seconds * SAMPLE_RATE)
         given: Any = self.clips.labels
@@ -139,13 +141,14 @@ class Training:
         return Workload(name, lambda: step(batch), clips, flops, figures, fed)
 
 
-def encoder_passes(settings: Settings, mesh: Mesh) -> list[Workload]:
-    """Pre-training's encoder alone, forward and backward: what masking saves.
+def masking(settings: Settings, mesh: Mesh) -> list[Workload]:
+    """What masking saves: on the patches that the config leaves visible, and on all of them.
 
-    Two rows, on the patches that the config leaves visible and on all of them; the gradients are of
-    the mean square of the features.
+    Two rows of pre-training's encoder alone, forward and backward (the gradients are of the mean
+    square of the features), and two of its whole step; the predictor runs on all patches in both.
     """
-    config, _ = training_config(settings._replace(what="pretrain"))
+    settings = settings._replace(what="pretrain")
+    config, _ = training_config(settings)
     encoder = BEATs(**model_arguments(config))
     tokens = int(num_tokens(round(settings.seconds * SAMPLE_RATE)))
     shape = (settings.batch_size, tokens)
@@ -177,7 +180,13 @@ def encoder_passes(settings: Settings, mesh: Mesh) -> list[Workload]:
         return Workload(name, lambda: program(params, patches, visible), shape[0], flops, figures)
 
     share = f"{config.pretrain.visible:.0%} of the patches"
-    return [workload(share, visible), workload("all patches", None)]
+    steps = [
+        Training(settings, mesh, seen)
+        .workload()
+        ._replace(name=f"step {settings.size}, {name}", fed=None)
+        for name, seen in ((share, None), ("all patches", 1.0))
+    ]
+    return [workload(share, visible), workload("all patches", None), *steps]
 
 
 def compilations(settings: Settings, mesh: Mesh) -> list[Workload]:

@@ -33,6 +33,7 @@ import numpy as np
 from runs import (
     FIXTURES,
     ROOT,
+    Forked,
     assert_trees_equal,
     environment,
     final_state,
@@ -48,6 +49,7 @@ from beats_jax.writers import read_metrics
 STAGES = ("iter1/pretrain", "iter2/tokenizer")
 FAULTS = ("kill", "kill in a save", "stop", "hang", "full disk", "cut shard", "damage")
 AS_USERS_DO = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # the other tests compile less
+Started = list[subprocess.Popen[bytes] | Forked]
 # How long any process may take: a start on a busy machine, or a hang until it is noticed.
 PATIENCE = 600.0
 # After a peer is lost: 75 by our own hand, or SIGABRT from JAX's coordination service.
@@ -60,38 +62,52 @@ class Slow(Exception):
     """This machine is too slow for the time until a process that waits gives up."""
 
 
+def as_users_do(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a process that writes to `log`."""
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            command, env={**environment(), **AS_USERS_DO}, cwd=ROOT,
+            stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+        )  # fmt: skip
+
+
+def forked(command: list[str], log: Path) -> Forked:
+    """The same in a third of the time: what is imported is there, and less is optimized."""
+    return Forked(command, log, log)
+
+
 class Series:
     """One series of faults.
 
     Args:
       workdir: a folder of its own.
+      stages: of the run.
       steps: of each stage.
       hang_timeout: seconds until a process that waits gives up.
+      launch: starts a process, `as_users_do` or `forked`.
     """
 
-    def __init__(self, workdir: Path, processes: int, steps: int, hang_timeout: float, seed: int):
-        self.workdir, self.steps, self.processes = workdir, steps, processes
+    def __init__(
+        self, workdir: Path, stages: tuple[str, ...], steps: int, hang_timeout: float, seed: int,
+        launch: Callable[[list[str], Path], subprocess.Popen[bytes] | Forked],
+    ):  # fmt: skip
+        self.workdir, self.stages, self.steps, self.launch = workdir, stages, steps, launch
         self.hang_timeout, self.random = hang_timeout, random.Random(seed)
         self.launches, self.data = 0, workdir / "data"
         prepare("synthetic", self.data)
 
-    def start(self, run: Path, processes: int, cramped: int | None = None) -> list:
+    def start(self, run: Path, processes: int, cramped: int | None = None) -> Started:
         """Starts all processes; number `cramped` cannot write a file of any size."""
         shared: dict = {"input__backend": "numpy", "hang_timeout_s": self.hang_timeout}
         shared |= {"data__source": "folder", "data__dir": self.data}
         for stage in ("pretrain", "tokenizer"):
             shared |= {f"{stage}__steps": self.steps, f"{stage}__eval_every": 2}
-        flags = tiny_flags(run, stages=STAGES, teacher=FIXTURES / "dev_encoder.pt", **shared)
+        flags = tiny_flags(run, stages=self.stages, teacher=FIXTURES / "dev_encoder.pt", **shared)
         self.launches, port, started = self.launches + 1, free_port(), []
         for i in range(processes):
             many = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}")
             many = (*many, f"--process_id={i}") if processes > 1 else ()
-            with self.log(i).open("wb") as log:
-                process = subprocess.Popen(
-                    [*flags, *many],
-                    env={**environment(), **AS_USERS_DO}, cwd=ROOT,
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                )  # fmt: skip
+            process = self.launch([*flags, *many], self.log(i))
             if i == cramped:
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE))
             started.append(process)
@@ -182,7 +198,7 @@ class Series:
             self.spoil(finished(checkpoints)[-1])
         return codes
 
-    def without_half_the_data(self, started: list) -> list[int]:
+    def without_half_the_data(self, started: Started) -> list[int]:
         """Cuts the largest shard until all processes have ended; returns their exit codes."""
         shard = max(
             self.data.glob("shards/**/*array_record*"), key=lambda path: path.stat().st_size
@@ -194,7 +210,7 @@ class Series:
         finally:
             shard.write_bytes(whole)
 
-    def until(self, seen: Callable[[], bool], started: list) -> None:
+    def until(self, seen: Callable[[], bool], started: Started) -> None:
         """Waits for something to be seen while all processes run."""
         end = time.monotonic() + PATIENCE
         while not seen():
@@ -216,7 +232,7 @@ class Series:
             file.write_bytes(file.read_bytes()[:100])
 
 
-def wait(started: list) -> list[int]:
+def wait(started: Started) -> list[int]:
     """The exit codes; a process that does not end is the failure looked for."""
     end = time.monotonic() + PATIENCE
     return [process.wait(timeout=max(end - time.monotonic(), 1)) for process in started]
@@ -252,9 +268,11 @@ def finished(checkpoints: Path) -> list[Path]:
     return sorted((p for p in checkpoints.glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
 
 
-def compare(run: Path, undisturbed: Path, steps: int, same_layout: bool) -> None:
+def compare(
+    run: Path, undisturbed: Path, stages: tuple[str, ...], steps: int, same_layout: bool
+) -> None:
     """Asserts that both runs ended alike (design, section 6)."""
-    for stage in STAGES:
+    for stage in stages:
         lines, wanted = (without_timing(w / stage) for w in (run, undisturbed))
         assert [line["step"] for line in lines] == [line["step"] for line in wanted]
         ends = [
@@ -273,6 +291,7 @@ def compare(run: Path, undisturbed: Path, steps: int, same_layout: bool) -> None
 def chaos(
     workdir: Path, rounds: int, processes: int, seed: int, elastic: bool = False,
     faults: tuple[str, ...] = FAULTS, steps: int | None = None, hang_timeout: float = 20.0,
+    stages: tuple[str, ...] = STAGES, launch: Callable = as_users_do,
 ) -> list[dict]:  # fmt: skip
     """Runs a series; returns what was done, a dict a round.
 
@@ -281,13 +300,13 @@ def chaos(
       subprocess.TimeoutExpired: a process did not end.
     """
     steps = steps or max(12, 2 * rounds)
-    series = Series(workdir, processes, steps, hang_timeout, seed)
+    series = Series(workdir, stages, steps, hang_timeout, seed, launch)
     undisturbed, run = workdir / "undisturbed", workdir / "disturbed"
     series.finish(undisturbed, processes)
     done = []
-    # Moments in order over both stages, so that each is still ahead when its round starts; a save
+    # Moments in order over the stages, so that each is still ahead when its round starts; a save
     # (every 2 steps) and a stop need some steps after them.
-    moments = [(stage, step) for stage in STAGES for step in range(1, steps - 5)]
+    moments = [(stage, step) for stage in stages for step in range(1, steps - 5)]
     chosen = sorted(series.random.sample(range(len(moments)), rounds))
     kinds = [faults[i % len(faults)] for i in range(rounds)]
     series.random.shuffle(kinds)
@@ -301,7 +320,7 @@ def chaos(
         done.append({"fault": kind, "stage": moment[0], "step": moment[1], "exit_codes": codes})
         print(json.dumps(done[-1]), f"{time.monotonic() - began:.0f} s", flush=True)
     series.finish(run, processes)
-    compare(run, undisturbed, steps, same_layout=not elastic)
+    compare(run, undisturbed, stages, steps, same_layout=not elastic)
     aside = len(list(run.glob("*/*/checkpoints_damaged/[0-9]*")))
     assert aside == kinds.count("damage"), f"{aside} damaged checkpoints were put aside"
     return done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -115,28 +116,60 @@ def run_forked(
     As fresh as `run` (no JAX backend, no parsed flags), for a fraction of a second. The output goes
     through files in `folder`.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["beats_jax.main", "beats_jax.train"])
-    words = command[command.index("-m") + 1 :]
-    process = server.Process(target=_run_main, args=(words, str(folder), devices))
-    process.start()
-    process.join(300)
-    if process.exitcode is None:
+    stdout, stderr = folder / "stdout", folder / "stderr"
+    process = Forked(command, stdout, stderr, devices)
+    try:
+        code = process.wait(300)
+    finally:
         process.kill()
-        raise subprocess.TimeoutExpired(command, 300)
-    output = [(folder / name).read_text() for name in ("stdout", "stderr")]
-    return subprocess.CompletedProcess(command, process.exitcode, *output)
+    return subprocess.CompletedProcess(command, code, stdout.read_text(), stderr.read_text())
 
 
-def _run_main(words: list[str], folder: str, devices: int) -> None:
+class Forked:
+    """A `tiny_flags` command in a fork of a process that has imported everything: as a `Popen`."""
+
+    def __init__(self, command: list[str], stdout: Path, stderr: Path, devices: int = 1):
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["beats_jax.main", "beats_jax.train"])
+        words = command[command.index("-m") + 1 :]
+        self.command = command
+        self.process = server.Process(target=_run_main, args=(words, stdout, stderr, devices))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.command, timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _run_main(words: list[str], stdout: Path, stderr: Path, devices: int) -> None:
     from beats_jax import main
 
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(environment(devices))
     os.chdir(ROOT)
     sys.argv = words
-    main.run()
+    try:
+        main.run()
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out: processes part in one of them
 
 
 def stop_after(command: list[str], metrics: Path, step: int, with_signal: signal.Signals) -> int:

@@ -24,7 +24,10 @@ ROWS = {
     "pretrain": {"pretrain tiny, random tokens", "matmul"},
     "distill": {"distill tiny", "matmul"},
     "finetune": {"finetune tiny", "matmul"},
-    "masking": {"encoder tiny, 25% of the patches", "encoder tiny, all patches", "matmul"},
+    "masking": {
+        *("encoder tiny, 25% of the patches", "encoder tiny, all patches", "matmul"),
+        *("step tiny, 25% of the patches", "step tiny, all patches"),
+    },
     "compile": {
         *("trace and lower", "trace and compile", "trace and load from the cache"),
         "make the state, compilation included",

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from runs import (
@@ -81,28 +82,21 @@ class Series:
 
     Args:
       workdir: a folder of its own.
-      stages: of the run.
-      steps: of each stage.
-      hang_timeout: seconds until a process that waits gives up.
+      flags: of the run, as keywords of `tiny_flags`.
+      seed: of victims, and of what is spoiled.
       launch: starts a process, `as_users_do` or `forked`.
     """
 
     def __init__(
-        self, workdir: Path, stages: tuple[str, ...], steps: int, hang_timeout: float, seed: int,
+        self, workdir: Path, flags: dict[str, Any], seed: int,
         launch: Callable[[list[str], Path], subprocess.Popen[bytes] | Forked],
     ):  # fmt: skip
-        self.workdir, self.stages, self.steps, self.launch = workdir, stages, steps, launch
-        self.hang_timeout, self.random = hang_timeout, random.Random(seed)
-        self.launches, self.data = 0, workdir / "data"
-        prepare("synthetic", self.data)
+        self.workdir, self.flags, self.launch = workdir, flags, launch
+        self.random, self.launches = random.Random(seed), 0
 
     def start(self, run: Path, processes: int, cramped: int | None = None) -> Started:
         """Starts all processes; number `cramped` cannot write a file of any size."""
-        shared: dict = {"input__backend": "numpy", "hang_timeout_s": self.hang_timeout}
-        shared |= {"data__source": "folder", "data__dir": self.data}
-        for stage in ("pretrain", "tokenizer"):
-            shared |= {f"{stage}__steps": self.steps, f"{stage}__eval_every": 2}
-        flags = tiny_flags(run, stages=self.stages, teacher=FIXTURES / "dev_encoder.pt", **shared)
+        flags = tiny_flags(run, **self.flags)
         self.launches, port, started = self.launches + 1, free_port(), []
         for i in range(processes):
             many = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}")
@@ -200,9 +194,8 @@ class Series:
 
     def without_half_the_data(self, started: Started) -> list[int]:
         """Cuts the largest shard until all processes have ended; returns their exit codes."""
-        shard = max(
-            self.data.glob("shards/**/*array_record*"), key=lambda path: path.stat().st_size
-        )
+        shards = self.flags["data__dir"].glob("shards/**/*array_record*")
+        shard = max(shards, key=lambda path: path.stat().st_size)
         whole = shard.read_bytes()
         os.truncate(shard, len(whole) // 2)
         try:
@@ -291,7 +284,7 @@ def compare(
 def chaos(
     workdir: Path, rounds: int, processes: int, seed: int, elastic: bool = False,
     faults: tuple[str, ...] = FAULTS, steps: int | None = None, hang_timeout: float = 20.0,
-    stages: tuple[str, ...] = STAGES, launch: Callable = as_users_do,
+    stages: tuple[str, ...] = STAGES, eval_every: int = 2, launch: Callable = as_users_do,
 ) -> list[dict]:  # fmt: skip
     """Runs a series; returns what was done, a dict a round.
 
@@ -300,7 +293,15 @@ def chaos(
       subprocess.TimeoutExpired: a process did not end.
     """
     steps = steps or max(12, 2 * rounds)
-    series = Series(workdir, stages, steps, hang_timeout, seed, launch)
+    flags: dict[str, Any] = {"stages": stages, "input__backend": "numpy"}
+    flags |= {"hang_timeout_s": hang_timeout}
+    flags |= {"teacher": FIXTURES / "dev_encoder.pt"}
+    for stage in ("pretrain", "tokenizer"):
+        flags |= {f"{stage}__steps": steps, f"{stage}__eval_every": eval_every}
+    if "cut shard" in faults:
+        flags |= {"data__source": "folder", "data__dir": workdir / "data"}
+        prepare("synthetic", workdir / "data")
+    series = Series(workdir, flags, seed, launch)
     undisturbed, run = workdir / "undisturbed", workdir / "disturbed"
     series.finish(undisturbed, processes)
     done = []

@@ -164,6 +164,7 @@ def _run_main(words: list[str], stdout: Path, stderr: Path, devices: int) -> Non
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(environment(devices))
+    jax.config.update("jax_disable_most_optimizations", True)  # imported: it has read its variables
     os.chdir(ROOT)
     sys.argv = words
     try:
@@ -175,23 +176,23 @@ def _run_main(words: list[str], stdout: Path, stderr: Path, devices: int) -> Non
 def stop_after(command: list[str], metrics: Path, step: int, with_signal: signal.Signals) -> int:
     """Starts a run, sends it a signal once it has logged `step`, returns its exit code.
 
-    A run that goes on gets it after a step that none before it has logged.
+    A run that goes on gets it after a step that none before it has logged. Its output is in the
+    workdir's file `log`.
     """
     logged = read_metrics(metrics) if metrics.exists() else []
     step = max(step, *(1 + int(m["step"]) for m in logged)) if logged else step
-    process = subprocess.Popen(
-        command, env=environment(), cwd=ROOT, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    log = metrics.parents[2] / "log"
+    process = Forked(command, log, log)
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         if metrics.exists() and any(m["step"] >= step for m in read_metrics(metrics)):
             process.send_signal(with_signal)
             break
         time.sleep(0.005)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode is not None, stderr
-    return process.returncode
+    try:
+        return process.wait(60)
+    finally:
+        process.kill()
 
 
 def free_port() -> int:

@@ -11,7 +11,10 @@ from runs import ROOT
 @pytest.mark.timeout(1200)
 def test_four_faults_on_two_processes_change_nothing(tmp_path):
     faults, stages = ("kill", "kill in a save", "stop", "damage"), ("iter1/pretrain",)
-    done = chaos(tmp_path, 4, 2, seed=1, faults=faults, stages=stages, launch=forked)
+    done = chaos(
+        tmp_path, rounds=4, processes=2, seed=1, faults=faults, stages=stages, steps=10,
+        eval_every=10, launch=forked,
+    )  # fmt: skip
     assert sorted(d["fault"] for d in done) == sorted(faults)
 
 

@@ -9,6 +9,7 @@ from runs import (
     assert_trees_equal,
     final_state,
     run,
+    run_forked,
     stop_after,
     tiny_config,
     tiny_flags,
@@ -22,7 +23,7 @@ from beats_jax import train
 def undisturbed(tmp_path_factory):
     """One run of 8 steps from the default (tf) input, never stopped."""
     workdir = tmp_path_factory.mktemp("undisturbed")
-    done = run(tiny_flags(workdir))
+    done = run_forked(tiny_flags(workdir), workdir)
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -33,7 +34,7 @@ def test_kill_9_then_the_same_command_ends_bit_equal(undisturbed, tmp_path):
     for moment in (1, 3, 6):
         code = stop_after(tiny_flags(tmp_path), log, moment, signal.SIGKILL)
         assert code == -signal.SIGKILL
-    done = run(tiny_flags(tmp_path))
+    done = run_forked(tiny_flags(tmp_path), tmp_path)
     assert done.returncode == 0, done.stderr
     assert_trees_equal(final_state(undisturbed), final_state(tmp_path))
     assert without_timing(log.parent) == without_timing(undisturbed / "iter1" / "pretrain")
@@ -69,7 +70,7 @@ def test_sigterm_saves_the_step_it_stopped_at(without_tensorflow, tmp_path):
     assert code == 128 + signal.SIGTERM
     saved = sorted(int(p.name) for p in (stage / "checkpoints").iterdir() if p.name.isdigit())
     assert saved[0] == 0 and len(saved) == 2 and 3 <= saved[1] < 8
-    done = run(flags)
+    done = run_forked(flags, tmp_path)
     assert done.returncode == 0, done.stderr
     assert_trees_equal(final_state(without_tensorflow), final_state(tmp_path))
     assert without_timing(stage) == without_timing(without_tensorflow / "iter1" / "pretrain")
@@ -79,7 +80,7 @@ def test_sigterm_saves_the_step_it_stopped_at(without_tensorflow, tmp_path):
 def undisturbed_iteration(tmp_path_factory):
     """Both halves of iteration 2 in one command, never stopped."""
     workdir = tmp_path_factory.mktemp("undisturbed2")
-    done = run(tiny_flags(workdir, **TINY_ITER2))
+    done = run_forked(tiny_flags(workdir, **TINY_ITER2), workdir)
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -90,7 +91,7 @@ def test_kill_9_in_each_half_of_an_iteration(undisturbed_iteration, tmp_path):
         log = tmp_path / "iter2" / half / "metrics.jsonl"
         assert stop_after(flags, log, 3, signal.SIGKILL) == -signal.SIGKILL
         assert (tmp_path / "iter2" / "pretrain").exists() == (half == "pretrain")
-    done = run(flags)
+    done = run_forked(flags, tmp_path)
     assert done.returncode == 0, done.stderr
     for stage in ("iter2/tokenizer", "iter2/pretrain"):
         mine, theirs = (final_state(w, stage) for w in (tmp_path, undisturbed_iteration))

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import subprocess
 
 import jax
 import numpy as np
@@ -10,12 +9,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from runs import (
     FIXTURES,
-    ROOT,
+    Forked,
     assert_gradients_close,
     assert_trees_equal,
-    environment,
     free_port,
-    run,
+    run_forked,
     tiny_config,
     tiny_flags,
 )
@@ -164,20 +162,17 @@ def test_two_processes_train_as_one(tmp_path):
     changes |= dict(tokenizer__steps=4, tokenizer__save_every=4)
     changes |= dict(finetune__steps=4, finetune__batch_size=8, finetune__log_every=1)
     changes |= dict(finetune__eval_every=2, finetune__warmup_steps=1, finetune__visible=0.5)
-    done = run(tiny_flags(tmp_path / "one", **changes), devices=2)
+    done = run_forked(tiny_flags(tmp_path / "one", **changes), tmp_path, devices=2)
     assert done.returncode == 0, done.stderr
     port = free_port()
+    flags = [*tiny_flags(tmp_path / "two", **changes), f"--coordinator=127.0.0.1:{port}"]
+    logs = [tmp_path / f"log{i}" for i in range(2)]
     processes = [
-        subprocess.Popen(
-            [*tiny_flags(tmp_path / "two", **changes), f"--coordinator=127.0.0.1:{port}",
-             "--num_processes=2", f"--process_id={i}"],
-            env=environment(1), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+        Forked([*flags, "--num_processes=2", f"--process_id={i}"], log, log)
+        for i, log in enumerate(logs)
+    ]
+    codes = [process.wait(600) for process in processes]
+    assert codes == [0, 0], [log.read_text() for log in logs]
     for stage in stages:
         one, two = (read_metrics(tmp_path / n / stage) for n in ("one", "two"))
         assert [line["step"] for line in one] == [line["step"] for line in two]

@@ -24,6 +24,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Files of minutes go first: the last one to start is what the other processes wait for.
 LONG = ("test_resume.py", "test_iteration.py", "test_sharding.py", "test_train.py", "test_main.py")
+# Files that compare runs of ours with one another, and compile much that runs for moments only.
+COMPILED_IN_HASTE = {
+    *("test_finetune.py", "test_folds.py", "test_iteration.py"),
+    *("test_sharding.py", "test_train.py"),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,6 +43,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name, reason in reasons.items():
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_in_haste(request) -> Iterator[None]:
+    """Fewer of the compiler's optimizations in some files: two thirds of their CPU time."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", request.path.name in COMPILED_IN_HASTE)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ def test_four_faults_on_two_processes_change_nothing(tmp_path):
     faults, stages = ("kill", "kill in a save", "stop", "damage"), ("iter1/pretrain",)
     done = chaos(
         tmp_path, rounds=4, processes=2, seed=1, faults=faults, stages=stages, steps=10,
-        eval_every=10, launch=forked,
+        eval_every=10, launch=forked, hang_timeout=100.0,
     )  # fmt: skip
     assert sorted(d["fault"] for d in done) == sorted(faults)
 

@@ -50,7 +50,9 @@ from beats_jax.writers import read_metrics
 STAGES = ("iter1/pretrain", "iter2/tokenizer")
 FAULTS = ("kill", "kill in a save", "stop", "hang", "full disk", "cut shard", "damage")
 AS_USERS_DO = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # the other tests compile less
-Started = list[subprocess.Popen[bytes] | Forked]
+Process = subprocess.Popen[bytes] | Forked
+Launch = Callable[[list[str], Path], Process]
+Started = list[Process]
 # How long any process may take: a start on a busy machine, or a hang until it is noticed.
 PATIENCE = 600.0
 # After a peer is lost: 75 by our own hand, or SIGABRT from JAX's coordination service.
@@ -87,10 +89,7 @@ class Series:
       launch: starts a process, `as_users_do` or `forked`.
     """
 
-    def __init__(
-        self, workdir: Path, flags: dict[str, Any], seed: int,
-        launch: Callable[[list[str], Path], subprocess.Popen[bytes] | Forked],
-    ):  # fmt: skip
+    def __init__(self, workdir: Path, flags: dict[str, Any], seed: int, launch: Launch):
         self.workdir, self.flags, self.launch = workdir, flags, launch
         self.random, self.launches = random.Random(seed), 0
 
@@ -284,7 +283,7 @@ def compare(
 def chaos(
     workdir: Path, rounds: int, processes: int, seed: int, elastic: bool = False,
     faults: tuple[str, ...] = FAULTS, steps: int | None = None, hang_timeout: float = 20.0,
-    stages: tuple[str, ...] = STAGES, eval_every: int = 2, launch: Callable = as_users_do,
+    stages: tuple[str, ...] = STAGES, eval_every: int = 2, launch: Launch = as_users_do,
 ) -> list[dict]:  # fmt: skip
     """Runs a series; returns what was done, a dict a round.
 

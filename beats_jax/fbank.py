@@ -6,8 +6,8 @@ official BEATs code (`method.md` section 2): 25 ms povey window, 10 ms shift, no
 pre-emphasis 0.97 after the frame's mean is removed, power spectrum, 20-8000 Hz, log with a
 float32-eps floor.
 
-Once the mean is out, all up to the spectrum is linear: ONE matrix [400, 2*256]. Accelerators use
-it; CPUs use an FFT in its place, about 1.5 times as fast there.
+Once the mean is out, all up to the spectrum is linear: ONE matrix [400, 2*256]. TPUs use it; CPUs
+and GPUs use an FFT in its place, about 1.5 times as fast on a CPU, 2.2 times on an H200.
 
 A frame never depends on what surrounds it: a clip alone, in a batch or in a longer buffer gives
 the same bits. A matrix product of BLAS, Eigen or XLA:CPU does not promise that, for the order of
@@ -226,12 +226,16 @@ def _compiled_jax_log_mel() -> Callable:
     def on_cpu(frames):  # a scan: the compiler merges the products of an unrolled or batched one
         return jax.lax.map(lambda block: _log_mel(jnp, block, by_fft, matmul), frames)
 
-    def on_accelerator(frames):
+    def on_tpu(frames):
         return _log_mel(jnp, frames, by_matrix, matmul)
+
+    def on_gpu(frames):
+        return _log_mel(jnp, frames, by_fft, matmul)
 
     @jax.jit
     def log_mel(waveform):
-        return jax.lax.platform_dependent(_frame(jnp, waveform), cpu=on_cpu, default=on_accelerator)
+        frames = _frame(jnp, waveform)
+        return jax.lax.platform_dependent(frames, cpu=on_cpu, tpu=on_tpu, default=on_gpu)
 
     return log_mel
 

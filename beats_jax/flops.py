@@ -70,12 +70,12 @@ def estimator_flops(model: Estimator, codebook_dim: int, tokens: int) -> float:
 
 
 def fbank_flops(num_samples: int, backend: str) -> float:
-    """The log-mel of one clip, as `fbank` computes it: by an FFT on a CPU, else by a matrix.
+    """The log-mel of one clip, as `fbank` computes it: by a matrix on a TPU, else by an FFT.
 
     A real FFT of N points counts as 2.5 N log2 N.
     """
-    if backend == "cpu":
-        spectrum = 2 * FRAME_LENGTH + 2.5 * FFT_LENGTH * math.log2(FFT_LENGTH)
-    else:
+    if backend == "tpu":
         spectrum = 2 * DFT_MATRIX.size
+    else:
+        spectrum = 2 * FRAME_LENGTH + 2.5 * FFT_LENGTH * math.log2(FFT_LENGTH)
     return num_frames(num_samples) * (spectrum + 2 * MEL_BANKS.size)

@@ -7,8 +7,9 @@ over the batch is a mean over the whole batch, on however many devices or hosts 
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -74,6 +75,20 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec if _fits(spec, x.shape, mesh) else P())
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def on(mesh: Mesh, function: Callable) -> Callable:
+    """A function to be compiled, in which kernels are told that arrays lie on the mesh.
+
+    XLA cuts its own operations by itself; a kernel of ours has to be told (`fused_attention.py`).
+    """
+
+    @functools.wraps(function)
+    def on_mesh(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return on_mesh
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

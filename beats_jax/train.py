@@ -94,7 +94,9 @@ def run_stage(config: Any, name: str, workdir: epath.PathLike) -> None:
     train_step = make_train_step(
         stage, tx, schedule, config.seed, section.micro_batches, like, mesh
     )
-    eval_step = jax.jit(stage.eval_fn, out_shardings=sharding.metrics_and_rows(mesh))
+    eval_step = jax.jit(
+        sharding.on(mesh, stage.eval_fn), out_shardings=sharding.metrics_and_rows(mesh)
+    )
     feed = data.training(done)
     watchdog = Watchdog(config.get("hang_timeout_s", 0), done)
     clip_seconds = config.data.clip_seconds
@@ -272,9 +274,8 @@ def make_train_step(
         return after, {**sums, "finite": finite}
 
     shardings = jax.tree.map(lambda x: x.sharding, like)
-    return jax.jit(
-        train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
-    )
+    out_shardings = shardings, sharding.replicated(mesh)
+    return jax.jit(sharding.on(mesh, train_step), donate_argnums=0, out_shardings=out_shardings)
 
 
 def evaluate(

@@ -36,7 +36,10 @@ def get_config() -> ConfigDict:
         compilation_cache="~/.cache/beats_jax/xla",
         mesh=dict(data=-1, fsdp=1, tensor=1),
         adamw=dict(b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, clip_norm=1.0),
-        model=dict(preset="base", bias_init="normal", dropout=0.1, attention_dropout=0.1),
+        model=dict(
+            preset="base", bias_init="normal", dropout=0.1, attention_dropout=0.1,
+            fused_attention=True,  # by kernels of ours where there is a GPU for them
+        ),
         data=dict(
             source="folder", dir="", filter="", group="", val_fraction=0.001,
             clip_seconds=10.0, crop="random", token_ids="",

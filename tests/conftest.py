@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 # Before anything imports JAX; subprocesses inherit it all.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("BEATS_JAX_TEST_PLATFORM", "cpu")
 DEVICES = "--xla_force_host_platform_device_count=8"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()

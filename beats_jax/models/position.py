@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beats_jax.fbank import BANDS
+from beats_jax.models.activations import gelu
 
 DIRECT_BATCH = 2  # clips up to which a CPU convolves directly
 
@@ -177,7 +178,7 @@ class PositionalConv(nn.Module):
             out = jax.lax.platform_dependent(x, kernel, cpu=directly, default=by_waves)
         else:
             out = by_waves(x, kernel)
-        return nn.gelu((out + bias[None, None]).astype(self.dtype), approximate=False)
+        return gelu((out + bias[None, None]).astype(self.dtype))
 
 
 # Functions, not methods: Flax may capture what a method returns, here from inside a transform.

@@ -31,7 +31,7 @@ def arguments(batch: int, length: int, heads: int, dim: int, dtype: Any = jnp.fl
     )
     gate = 2 * jax.random.uniform(keys[4], (batch, heads, length))
     bias = 2 * jax.random.normal(keys[5], (1, heads, length, length))
-    padding = jnp.arange(length)[None] >= length - 7 * jnp.arange(batch)[:, None]
+    padding = jnp.arange(length)[None] >= length - length // 10 * jnp.arange(batch)[:, None]
     seed = jax.random.bits(keys[6], (batch, heads), jnp.uint32)
     return (q * dim**-0.5, k, v, gate, bias), padding, dout, seed
 

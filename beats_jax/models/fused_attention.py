@@ -15,6 +15,7 @@ gradients, cuDNN's with gate x bias written to memory 0.56 and 2.0, this 0.42 an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,8 +24,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec as P
+
+triton: Any = None
+with contextlib.suppress(ImportError):  # JAX means to remove it: `attend` takes over then
+    from jax.experimental.pallas import triton
 
 MASKED_SCORE = -1e30  # as `encoder.attend`'s
 LEVELS = 256  # of a random byte, as `dropout.Dropout`'s
@@ -35,7 +39,7 @@ TILE = 64  # queries and keys of a tile; the best of 32, 64 and 128 by 32, 64 an
 
 def supported(q: jax.Array, bias: jax.Array | None) -> bool:
     """Whether `fused_attend` takes these queries [B, L, H, d] and this bias, on this machine."""
-    if jax.default_backend() != "gpu" or bias is None or len(bias) != 1:
+    if jax.default_backend() != "gpu" or triton is None or bias is None or len(bias) != 1:
         return False
     device = jax.devices()[0]
     ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
@@ -102,7 +106,7 @@ class _Inputs(NamedTuple):
     bias: Any  # [1, H, L, L]; [L, L]
     mask: Any  # [B, L], to be added to a key's scores; [L]
     seed: Any  # [B, H]; a number
-    dout: Any = None  # as q: gradient of the result, scaled for dropout
+    dout: Any = None  # as q: gradient of the result
     lse: Any = None  # as gate: log of the sum of a row's exponentiated scores
     delta: Any = None  # as gate: sum of a row's probabilities times their gradients
 
@@ -122,7 +126,6 @@ def _attention_fwd(q, k, v, gate, bias, mask, seed, dropped, interpret):
 def _attention_bwd(dropped, interpret, saved, dout):
     inputs, out, lse = saved
     delta = jnp.einsum("bqhd,bqhd->bhq", out, dout, preferred_element_type=jnp.float32)
-    dout = (dout * _inverse_share(dropped)).astype(dout.dtype)
     inputs = inputs._replace(dout=dout, lse=lse, delta=delta)
     dk, dv = _call(_keys_kernel, inputs, "x x", dropped, interpret)
     dq, dgate = _call(_queries_kernel, inputs, "x row", dropped, interpret)
@@ -131,11 +134,6 @@ def _attention_bwd(dropped, interpret, saved, dout):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-def _inverse_share(dropped: int) -> float:
-    """What the probabilities that stay are scaled by."""
-    return LEVELS / (LEVELS - dropped)
 
 
 def _call(kernel: Any, inputs: _Inputs, results: str, dropped: int, interpret: bool) -> Any:
@@ -243,16 +241,17 @@ def _scores(q, k, gate, bias, mask):
 
 
 def _drop(probs, seed, rows: _Tile, columns: _Tile, length: int, dropped: int):
-    """Zeroes probabilities [Q, K] (or their gradients), at random by the seed and the place.
+    """Zeroes probabilities [Q, K] (or their gradients) at random and scales the others.
 
-    The random byte is the highest of a hash: two rounds of xor-shift and multiplication.
+    The random byte is the highest of a hash of seed and place: two rounds of xor-shift and
+    multiplication.
     """
     if not dropped:
         return probs
     x = (rows.places[:, None] * length + columns.places[None]).astype(jnp.uint32) ^ seed
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    return jnp.where((x >> 24) >= dropped, probs, 0.0)
+    return jnp.where((x >> 24) >= dropped, probs * (LEVELS / (LEVELS - dropped)), 0.0)
 
 
 def _forward_kernel(refs: _Inputs, out_ref, lse_ref, *, dropped: int):
@@ -275,8 +274,7 @@ def _forward_kernel(refs: _Inputs, out_ref, lse_ref, *, dropped: int):
 
     zeros, row = jnp.zeros((TILE, dim), jnp.float32), jnp.zeros((TILE,), jnp.float32)
     out, top, total = _over_tiles(length, body, (zeros, row - jnp.inf, row))
-    out = out * (_inverse_share(dropped) / total)[:, None]
-    _store(out_ref.at[rows.at, :], out, rows.inside)
+    _store(out_ref.at[rows.at, :], out / total[:, None], rows.inside)
     _store(lse_ref.at[rows.at], top + jnp.log(total), rows.inside)
 
 

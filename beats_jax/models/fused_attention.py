@@ -279,10 +279,10 @@ def _forward_kernel(refs: _Inputs, out_ref, lse_ref, *, dropped: int):
 
 
 def _gradients(queries, keys, bias, drop):
-    """A tile computed again: the probabilities that v sees, the gradient of the scores; [Q, K]."""
+    """A tile computed again: probabilities before dropout, the gradient of the scores; [Q, K]."""
     (q, gate, dout, lse, delta), (k, v, mask) = queries, keys
     probs = jnp.exp(_scores(q, k, gate, bias, mask) - lse[:, None])
-    return drop(probs), probs * (drop(triton.dot(dout, v.T)) - delta[:, None])
+    return probs, probs * (drop(triton.dot(dout, v.T)) - delta[:, None])
 
 
 def _keys_kernel(refs: _Inputs, dk_ref, dv_ref, *, dropped: int):
@@ -299,7 +299,7 @@ def _keys_kernel(refs: _Inputs, dk_ref, dv_ref, *, dropped: int):
             _drop, seed=seed, rows=rows, columns=columns, length=length, dropped=dropped
         )
         probs, dscores = _gradients(queries, keys, bias, drop)
-        dv = dv + triton.dot(probs.astype(dout.dtype).T, dout)
+        dv = dv + triton.dot(drop(probs).astype(dout.dtype).T, dout)
         return dk + triton.dot(dscores.astype(q.dtype).T, q), dv
 
     zeros = jnp.zeros((TILE, dim), jnp.float32)
@@ -309,26 +309,32 @@ def _keys_kernel(refs: _Inputs, dk_ref, dv_ref, *, dropped: int):
 
 
 def _queries_kernel(refs: _Inputs, dq_ref, dgate_ref, *, dropped: int):
-    """Gradients of a tile of queries and their gates, over all keys."""
+    """Gradients of a tile of queries and their gates, over all keys.
+
+    A row of the scores' gradient sums to 0 but for `delta`, which is made from a rounded result. To
+    the gate's gradient, a sum over the row itself, that matters: it is taken out.
+    """
     length, dim = refs.q.shape
     rows = _tile(pl.program_id(2), length)
     queries, seed = _load_queries(refs, rows), refs.seed[...]
 
     def body(columns, carry):
-        dq, dgate = carry
+        dq, dgate, excess, mean_bias = carry
         keys = k, *_ = _load_keys(refs, columns)
         bias = _load_bias(refs, rows, columns)
         drop = functools.partial(
             _drop, seed=seed, rows=rows, columns=columns, length=length, dropped=dropped
         )
-        _, dscores = _gradients(queries, keys, bias, drop)
+        probs, dscores = _gradients(queries, keys, bias, drop)
         dq = dq + triton.dot(dscores.astype(k.dtype), k)
-        return dq, dgate + jnp.sum(dscores * bias, axis=1)
+        dgate = dgate + jnp.sum(dscores * bias, axis=1)
+        excess = excess + jnp.sum(dscores, axis=1)
+        return dq, dgate, excess, mean_bias + jnp.sum(probs * bias, axis=1)
 
     zeros, row = jnp.zeros((TILE, dim), jnp.float32), jnp.zeros((TILE,), jnp.float32)
-    dq, dgate = _over_tiles(length, body, (zeros, row))
+    dq, dgate, excess, mean_bias = _over_tiles(length, body, (zeros, row, row, row))
     _store(dq_ref.at[rows.at, :], dq, rows.inside)
-    _store(dgate_ref.at[rows.at], dgate, rows.inside)
+    _store(dgate_ref.at[rows.at], dgate - excess * mean_bias, rows.inside)
 
 
 def _bias_kernel(refs: _Inputs, dbias_ref, *, dropped: int):

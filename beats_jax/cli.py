@@ -492,7 +492,9 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     what:
       fbank, encode, tokenize      waveforms to log-mel, features, tokens
       pretrain, distill, finetune  one training step, as the loop compiles it
-      masking                      pre-training's encoder alone, on its share of the patches and all
+      masking                      pre-training's encoder and step, on its share of the patches and
+                                   on all
+      attention                    a layer's, in one piece, in parts, by GPU kernels
       pipeline                     prepared shards to batches
       compile, checkpoint          the pre-training step's start-up; its state to disk and back
       scaling                      what that step sends between devices, and how well it should

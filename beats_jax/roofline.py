@@ -1,7 +1,7 @@
 """What the hardware gives: a matmul's rate as the ceiling, and the memory that programs take.
 
-The roof-line of a row is `flops / time` over the rate of one large square matrix product of the
-same dtype, timed in turn with it, on all devices of the mesh. `flops` is analytic (`flops.py`): the
+The roof-line of a row is `flops / time` over the rate of large square matrix products of the same
+dtype, timed in turn with it, on all devices of the mesh. `flops` is analytic (`flops.py`): the
 matrix products as executed, which `tests/test_flops.py` holds against XLA's own count of the
 unrolled model. Arithmetic of one 10 s clip at base size (L = 496 tokens, D = 768, F = 3072, 12
 layers), in GFLOP:
@@ -34,15 +34,24 @@ import jax
 import jax.numpy as jnp
 
 CPU_SIDE, SIDE = 2048, 8192  # of the square matrices
+PRODUCTS = 16  # in a call on an accelerator: one alone takes as long as starting it
 
 
 def matmul(dtype: Any, side: int = 0) -> tuple[Callable[[], Any], float]:
-    """A matrix product on one device, and its FLOPs."""
-    side = side or (CPU_SIDE if jax.default_backend() == "cpu" else SIDE)
+    """Matrix products on one device, one after another, and their FLOPs."""
+    on_cpu = jax.default_backend() == "cpu"
+    side, products = side or (CPU_SIDE if on_cpu else SIDE), 1 if on_cpu else PRODUCTS
     a, b = (jax.random.normal(jax.random.key(i), (side, side), dtype) for i in range(2))
+    b = b * side**-0.5  # so that no product grows
     precision = "highest" if dtype == jnp.float32 else None
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
-    return lambda: product(a, b), 2.0 * side**3
+
+    @jax.jit
+    def multiply(a, b):
+        for _ in range(products):
+            a = jnp.matmul(a, b, precision=precision)
+        return a
+
+    return lambda: multiply(a, b), 2.0 * products * side**3
 
 
 def device_bytes(program: Any) -> dict[str, float]:

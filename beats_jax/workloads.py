@@ -31,6 +31,8 @@ from beats_jax.flops import encoder_flops, fbank_flops, tokenizer_flops
 from beats_jax.inference import exact_products, forward
 from beats_jax.labels import Labels
 from beats_jax.models.beats import PRESETS, BEATs
+from beats_jax.models.encoder import attend, attend_in_parts
+from beats_jax.models.fused_attention import fused_attend, supported
 from beats_jax.models.quantizer import l2_normalise
 from beats_jax.models.tokenizer import Tokenizer
 from beats_jax.roofline import cores, device_bytes
@@ -42,7 +44,10 @@ TRAINING = {
     "distill": ("iter2", "tokenizer"),
     "finetune": ("finetune_esc50", "finetune"),
 }
-WHATS = ("fbank", "encode", "tokenize", *TRAINING, "masking", "pipeline", "compile", "checkpoint")
+WHATS = (
+    *("fbank", "encode", "tokenize", *TRAINING, "masking", "attention"),
+    *("pipeline", "compile", "checkpoint"),
+)
 TOKENS = ("random", "distilled", "stored")
 NUM_CLASSES = 50  # of fine-tuning, as ESC-50
 NUM_CODES, CODE_DIM = 1024, 256
@@ -238,7 +243,51 @@ def inference(settings: Settings, mesh: Mesh) -> Workload:
     return Workload(name, lambda: program(arrays, *inputs), clips, clips * flops, figures)
 
 
-# --- pipeline --------------------------------------------------------
+def attentions(settings: Settings, mesh: Mesh) -> list[Workload]:
+    """A layer's attention between its projections, forward and with all gradients.
+
+    In one piece, as XLA compiles it; in a CPU's parts (forward, all that they are used for); by
+    GPU kernels, where those run.
+    """
+    encoder, batch = BEATs(**PRESETS[settings.size]), settings.batch_size
+    heads, dim = encoder.num_heads, encoder.embed_dim
+    tokens, dtype = int(num_tokens(noise(settings).shape[1])), compute_dtype(settings.dtype)
+    keys = jax.random.split(jax.random.key(0), 5)
+    x = batch, tokens, heads, dim // heads
+    q, k, v = (jax.random.normal(key, x).astype(dtype) / 2 for key in keys[:3])
+    gate = jax.random.uniform(keys[3], (batch, heads, tokens), maxval=2.0)
+    bias = jax.random.normal(keys[4], (1, heads, tokens, tokens))
+    rows = jax.device_put((q, k, v, gate), NamedSharding(mesh, sharding.BATCH))
+    args = *rows, jax.device_put(bias, sharding.replicated(mesh)), None
+
+    def with_gradients(function):
+        def both(*args):
+            out, back = jax.vjp(lambda *args: function(*args, None), *args[:-1])
+            return out, back(out)
+
+        return both
+
+    ways: dict[str, Any] = {"in one piece": attend}
+    if jax.default_backend() == "cpu":
+        ways["in parts"] = attend_in_parts
+    if supported(q, bias):
+        ways["by kernels"] = fused_attend
+    made = []
+    for name, function in ways.items():
+        made.append((name, function, 1))
+        if function is not attend_in_parts:
+            made.append((f"{name}, with gradients", with_gradients(function), 3))
+    flops = 4 * batch * tokens**2 * dim
+    workloads = []
+    for name, function, times in made:
+        program, figures = compiled(jax.jit(sharding.on(mesh, function)), *args)
+        call = functools.partial(program, *args)
+        name = f"attention {settings.size}, {name}"
+        workloads.append(Workload(name, call, batch, times * flops, figures))
+    return workloads
+
+
+# --- pipeline -------------------------------------------------------------------------------------
 
 
 def temporary_folder(owner: Any) -> Path:

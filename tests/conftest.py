@@ -25,7 +25,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Files of minutes go first: the last one to start is what the other processes wait for.
 LONG = ("test_resume.py", "test_iteration.py", "test_sharding.py", "test_train.py", "test_main.py")
 # Files that compare runs of ours with one another, and compile much that runs for moments only.
-COMPILED_IN_HASTE = ("test_sharding.py",)
+COMPILED_IN_HASTE = ("test_sharding.py", "test_fused_attention.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

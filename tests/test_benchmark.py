@@ -28,6 +28,10 @@ ROWS = {
         *("encoder tiny, 25% of the patches", "encoder tiny, all patches", "matmul"),
         *("step tiny, 25% of the patches", "step tiny, all patches"),
     },
+    "attention": {
+        *("attention tiny, in one piece", "attention tiny, in one piece, with gradients"),
+        *("attention tiny, in parts", "matmul"),
+    },
     "compile": {
         *("trace and lower", "trace and compile", "trace and load from the cache"),
         "make the state, compilation included",

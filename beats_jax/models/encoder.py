@@ -73,7 +73,7 @@ class SelfAttention(nn.Module):
         v = project("v_proj", beta)
         gate = self._gate(q) if self.gated and bias is not None else None
         inputs = q * head_dim**-0.5, k, v, gate, bias, padding_mask
-        if self.fused and supported(q, bias):
+        if self.fused and bias is not None and supported(q, bias):
             rate, seed = (0.0 if deterministic else self.dropout), None
             if rate:
                 seed = jax.random.bits(

@@ -37,9 +37,9 @@ BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"  # of the mesh (`sharding.AXE
 TILE = 64  # queries and keys of a tile; the best of 32, 64 and 128 by 32, 64 and 128 in all kernels
 
 
-def supported(q: jax.Array, bias: jax.Array | None) -> bool:
+def supported(q: jax.Array, bias: jax.Array) -> bool:
     """Whether `fused_attend` takes these queries [B, L, H, d] and this bias, on this machine."""
-    if jax.default_backend() != "gpu" or triton is None or bias is None or len(bias) != 1:
+    if jax.default_backend() != "gpu" or triton is None or len(bias) != 1:
         return False
     device = jax.devices()[0]
     ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8

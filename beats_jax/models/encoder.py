@@ -72,14 +72,15 @@ class SelfAttention(nn.Module):
         k = project("k_proj", unit)
         v = project("v_proj", beta)
         gate = self._gate(q) if self.gated and bias is not None else None
-        inputs = q * head_dim**-0.5, k, v, gate, bias, padding_mask
+        q = q * head_dim**-0.5
+        inputs = q, k, v, gate, bias, padding_mask
         if self.fused and bias is not None and supported(q, bias):
             rate, seed = (0.0 if deterministic else self.dropout), None
             if rate:
                 seed = jax.random.bits(
                     self.make_rng("dropout"), (batch, self.num_heads), jnp.uint32
                 )
-            out = fused_attend(*inputs, seed, rate)
+            out = fused_attend(q, k, v, gate, bias, padding_mask, seed, rate)
         elif deterministic:
             out = jax.lax.platform_dependent(*inputs, cpu=attend_in_parts, default=attend)
         else:

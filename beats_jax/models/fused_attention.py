@@ -10,13 +10,14 @@ made by atomic additions, the bias's gradient over the clips included, so a run 
 On a mesh every device takes its own clips and heads.
 
 Base size, 64 clips of 10 s, bfloat16, one H200: `attend` takes 0.87 ms forward and 3.3 with
-gradients, cuDNN's with gate x bias written to memory 0.56 and 2.0, this 0.42 and 1.9.
+gradients, cuDNN's with gate x bias written to memory 0.56 and 2.0, this 0.41 and 1.75.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -89,11 +90,17 @@ def fused_attend(
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
-        head = HEAD_AXIS if heads % mesh.shape[HEAD_AXIS] == 0 else None
-        x, row = P(BATCH_AXES, None, head), P(BATCH_AXES, head)
-        specs = (x, x, x, row, P(None, head), P(BATCH_AXES), row)
+        clip, head = _dividing(mesh, BATCH_AXES, batch), _dividing(mesh, (HEAD_AXIS,), heads)
+        x, row = P(clip, None, head), P(clip, head)
+        specs = (x, x, x, row, P(None, head), P(clip), row)
         run = jax.shard_map(run, in_specs=specs, out_specs=x, check_vma=False)
     return run(q, k, v, gate, bias, mask, seed)
+
+
+def _dividing(mesh: Any, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+    """Those of the axes that the mesh has, where they divide `size`."""
+    axes = tuple(axis for axis in axes if axis in mesh.shape)
+    return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
 class _Inputs(NamedTuple):

@@ -251,7 +251,8 @@ def attentions(settings: Settings, mesh: Mesh) -> list[Workload]:
     """
     encoder, batch = BEATs(**PRESETS[settings.size]), settings.batch_size
     heads, dim = encoder.num_heads, encoder.embed_dim
-    tokens, dtype = int(num_tokens(noise(settings).shape[1])), compute_dtype(settings.dtype)
+    tokens = int(num_tokens(round(settings.seconds * SAMPLE_RATE)))
+    dtype = compute_dtype(settings.dtype)
     keys = jax.random.split(jax.random.key(0), 5)
     x = batch, tokens, heads, dim // heads
     q, k, v = (jax.random.normal(key, x).astype(dtype) / 2 for key in keys[:3])
@@ -272,18 +273,17 @@ def attentions(settings: Settings, mesh: Mesh) -> list[Workload]:
         ways["in parts"] = attend_in_parts
     if supported(q, bias):
         ways["by kernels"] = fused_attend
-    made = []
-    for name, function in ways.items():
-        made.append((name, function, 1))
-        if function is not attend_in_parts:
-            made.append((f"{name}, with gradients", with_gradients(function), 3))
-    flops = 4 * batch * tokens**2 * dim
-    workloads = []
-    for name, function, times in made:
+
+    def workload(name: str, function: Any, passes: int) -> Workload:
         program, figures = compiled(jax.jit(sharding.on(mesh, function)), *args)
-        call = functools.partial(program, *args)
-        name = f"attention {settings.size}, {name}"
-        workloads.append(Workload(name, call, batch, times * flops, figures))
+        name, flops = f"attention {settings.size}, {name}", 4 * batch * tokens**2 * dim
+        return Workload(name, functools.partial(program, *args), batch, passes * flops, figures)
+
+    workloads = []
+    for name, function in ways.items():
+        workloads.append(workload(name, function, 1))
+        if function is not attend_in_parts:
+            workloads.append(workload(f"{name}, with gradients", with_gradients(function), 3))
     return workloads
 
 

@@ -5,7 +5,6 @@ On a machine with one: BEATS_JAX_TEST_PLATFORM=cuda pytest tests/test_fused_atte
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from beats_jax import sharding
 from beats_jax.models import fused_attention
 from beats_jax.models.beats import BEATs
 from beats_jax.models.encoder import attend
-from beats_jax.models.fused_attention import LEVELS, _drop, _Tile, fused_attend
+from beats_jax.models.fused_attention import LEVELS, _dropout, _Tile, fused_attend
 
 ON_GPU = jax.default_backend() == "gpu"
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU: BEATS_JAX_TEST_PLATFORM=cuda")
@@ -39,11 +38,12 @@ def arguments(batch: int, length: int, heads: int, dim: int, dtype: Any = jnp.fl
 def kept(seed: jax.Array, length: int, rate: float) -> jax.Array:
     """What the kernels' dropout keeps, bool [B, H, L, L]."""
     all_of_them = _Tile(None, jnp.arange(length), jnp.ones(length, bool))
-    drop = functools.partial(
-        _drop, rows=all_of_them, columns=all_of_them, length=length, dropped=round(rate * LEVELS)
-    )
     ones = jnp.ones((length, length))
-    return jax.vmap(jax.vmap(lambda seed: drop(ones, seed) > 0))(seed)
+
+    def of_one(seed):
+        return _dropout(seed, all_of_them, all_of_them, length, round(rate * LEVELS))(ones) > 0
+
+    return jax.vmap(jax.vmap(of_one))(seed)
 
 
 def plain(args: Any, padding: jax.Array, seed: jax.Array, rate: float) -> jax.Array:

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from beats_jax.masking import Visible
 from beats_jax.models.activations import ACTIVATIONS
 from beats_jax.models.dropout import Dropout
-from beats_jax.models.fused_attention import SAVED, fused_attend, supported
+from beats_jax.models.fused_attention import MASKED_SCORE, SAVED, fused_attend, supported
 from beats_jax.models.position import PositionalConv, RelativePositionBias
 
-MASKED_SCORE = -1e30  # finite: a row without any valid key gives an average, not NaN
 SCORES_AT_ONCE = 2**20  # of `attend_in_parts`: 4 MB
 
 

@@ -27,12 +27,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
+from beats_jax.models.dropout import LEVELS
+
 triton: Any = None
 with contextlib.suppress(ImportError):  # JAX means to remove it: `attend` takes over then
     from jax.experimental.pallas import triton
 
-MASKED_SCORE = -1e30  # as `encoder.attend`'s
-LEVELS = 256  # of a random byte, as `dropout.Dropout`'s
+MASKED_SCORE = -1e30  # finite: a row without any valid key gives an average, not NaN
 SAVED = "fused_attention"  # what the backward pass needs, by name: for remat's policies
 BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"  # of the mesh (`sharding.AXES`)
 TILE = 64  # queries and keys of a tile; the best of 32, 64 and 128 by 32, 64 and 128 in all kernels
@@ -247,18 +248,21 @@ def _scores(q, k, gate, bias, mask):
     return triton.dot(q, k.T) + gate[:, None] * bias + mask[None]
 
 
-def _drop(probs, seed, rows: _Tile, columns: _Tile, length: int, dropped: int):
-    """Zeroes probabilities [Q, K] (or their gradients) at random and scales the others.
+def _dropout(
+    seed: jax.Array, rows: _Tile, columns: _Tile, length: int, dropped: int
+) -> Callable[[jax.Array], jax.Array]:
+    """What zeroes probabilities [Q, K] (or their gradients) at random and scales the others.
 
     The random byte is the highest of a hash of seed and place: two rounds of xor-shift and
     multiplication.
     """
     if not dropped:
-        return probs
+        return lambda probs: probs
     x = (rows.places[:, None] * length + columns.places[None]).astype(jnp.uint32) ^ seed
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    return jnp.where((x >> 24) >= dropped, probs * (LEVELS / (LEVELS - dropped)), 0.0)
+    kept, scale = (x >> 24) >= dropped, LEVELS / (LEVELS - dropped)
+    return lambda probs: jnp.where(kept, probs * scale, 0.0)
 
 
 def _forward_kernel(refs: _Inputs, out_ref, lse_ref, *, dropped: int):
@@ -275,7 +279,7 @@ def _forward_kernel(refs: _Inputs, out_ref, lse_ref, *, dropped: int):
         shrink = jnp.exp(top - new_top)
         probs = jnp.exp(scores - new_top[:, None])
         total = total * shrink + jnp.sum(probs, axis=1)
-        probs = _drop(probs, seed, rows, columns, length, dropped)
+        probs = _dropout(seed, rows, columns, length, dropped)(probs)
         out = out * shrink[:, None] + triton.dot(probs.astype(v.dtype), v)
         return out, new_top, total
 
@@ -302,9 +306,7 @@ def _keys_kernel(refs: _Inputs, dk_ref, dv_ref, *, dropped: int):
         dk, dv = carry
         queries = q, _, dout, _, _ = _load_queries(refs, rows)
         bias = _load_bias(refs, rows, columns)
-        drop = functools.partial(
-            _drop, seed=seed, rows=rows, columns=columns, length=length, dropped=dropped
-        )
+        drop = _dropout(seed, rows, columns, length, dropped)
         probs, dscores = _gradients(queries, keys, bias, drop)
         dv = dv + triton.dot(drop(probs).astype(dout.dtype).T, dout)
         return dk + triton.dot(dscores.astype(q.dtype).T, q), dv
@@ -329,9 +331,7 @@ def _queries_kernel(refs: _Inputs, dq_ref, dgate_ref, *, dropped: int):
         dq, dgate, excess, mean_bias = carry
         keys = k, *_ = _load_keys(refs, columns)
         bias = _load_bias(refs, rows, columns)
-        drop = functools.partial(
-            _drop, seed=seed, rows=rows, columns=columns, length=length, dropped=dropped
-        )
+        drop = _dropout(seed, rows, columns, length, dropped)
         probs, dscores = _gradients(queries, keys, bias, drop)
         dq = dq + triton.dot(dscores.astype(k.dtype), k)
         dgate = dgate + jnp.sum(dscores * bias, axis=1)
@@ -352,9 +352,7 @@ def _bias_kernel(refs: _Inputs, dbias_ref, *, dropped: int):
 
     def body(clip, dbias):
         queries = _, gate, *_ = _load_queries(refs, rows, clip)
-        drop = functools.partial(
-            _drop, seed=refs.seed[clip], rows=rows, columns=columns, length=length, dropped=dropped
-        )
+        drop = _dropout(refs.seed[clip], rows, columns, length, dropped)
         _, dscores = _gradients(queries, _load_keys(refs, columns, clip), bias, drop)
         return dbias + gate[:, None] * dscores
 
